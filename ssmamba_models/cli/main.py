@@ -1,0 +1,53 @@
+"""The `ssmamba` command group: finds its sub-commands, and turns errors into messages for a person."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+from ssmamba_models._version import __version__
+
+# Name -> (module under ssmamba_models.cli, one line of help). A module is imported only when its command runs,
+# so `ssmamba --help` answers at once.
+COMMANDS = {
+    "list": ("list", "List the models and their sizes."),
+    "doctor": ("doctor", "Check this installation and say how to mend it."),
+    "embed": ("embed", "Turn a folder of tiles into one HDF5 file of features."),
+    "demo": ("demo", "Create a model, embed an image and draw what it sees."),
+    "benchmark": ("benchmark", "Measure the scans and the models on this machine."),
+}
+
+# What the Python API raises for bad input. Anything else is a bug and keeps its traceback.
+USER_ERRORS = (ValueError, OSError, ImportError)
+
+
+class LazyGroup(click.Group):
+    """A click group that imports a sub-command's module only when that command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"ssmamba_models.cli.{COMMANDS[name][0]}")
+        return module.command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except USER_ERRORS as error:
+            message = str(error) or type(error).__name__
+            click.echo(f"Error: {message}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ssmamba")
+def main() -> None:
+    """State space models for computational pathology: tiles in, features out."""
