@@ -1,0 +1,54 @@
+"""`ssmamba embed`: a folder of tiles to one HDF5 file of features."""
+
+from __future__ import annotations
+
+import click
+
+from ssmamba_models.cli.warn import plain_warnings
+from ssmamba_models.engine.embed import EmbedSummary, embed_folder
+
+
+@click.command()
+@click.argument("folder", type=click.Path())
+@click.option("--out", required=True, type=click.Path(), help="HDF5 file to write; its folder must exist.")
+@click.option("--model", default="ssmamba_small", show_default=True, help="Ours, or any timm name.")
+@click.option("--pretrained", is_flag=True, help="Use the model's published weights.")
+@click.option("--checkpoint", type=click.Path(), help="Use the weights of this .safetensors or .pth file.")
+@click.option("--batch-size", default=32, show_default=True, help="Tiles per forward pass.")
+@click.option("--workers", type=int, help="Processes that decode tiles; 0: none. Default: by the machine.")
+@click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
+@click.option("--bf16", is_flag=True, help="Compute in bfloat16.")
+@click.option("--img-size", type=int, help="Side of the input in pixels. Default: the model's own.")
+@click.option("--seed", default=0, show_default=True, help="Seed of random weights.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option("--quiet", is_flag=True, help="No progress bar and no closing line.")
+@click.pass_context
+def command(ctx: click.Context, quiet: bool, **options) -> None:
+    """Turn the tiles in FOLDER (nested or flat) into one HDF5 file of features.
+
+    The file holds features (N, D) float32, paths, labels (where every tile lies in a class folder) and, as
+    attributes, the model, its weights and the input transform. It is written whole or not at all.
+
+    Exit code: 0 all tiles embedded, 1 some were unreadable (each is listed), 2 bad input.
+    """
+    with plain_warnings():
+        summary = embed_folder(**options, progress=not quiet)
+    if not quiet:
+        _report(summary)
+    for path, reason in summary.unreadable:
+        click.echo(f"unreadable: {_printable(path)}: {reason}", err=True)
+    if summary.unreadable:
+        click.echo(f"{len(summary.unreadable)} tiles were unreadable and are not in {summary.out}", err=True)
+        ctx.exit(1)
+
+
+def _report(summary: EmbedSummary) -> None:
+    click.echo(
+        f"{summary.count} tiles x {summary.embed_dim} features -> {summary.out} "
+        f"({summary.seconds:.1f} s, {summary.tiles_per_second:.1f} tiles/s)"
+    )
+
+
+def _printable(path: str) -> str:
+    # A file name that is not UTF-8 would break the very message that reports it.
+    return path.encode("utf-8", "backslashreplace").decode()

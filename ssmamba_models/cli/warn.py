@@ -1,0 +1,28 @@
+"""Warnings as a person at a terminal wants them: one line, no source code."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import click
+
+from ssmamba_models.engine.encoder import RandomWeightsWarning
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print `RandomWeightsWarning` as `Warning: ...` on stderr; leave all other warnings as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RandomWeightsWarning)
+        default = warnings.showwarning
+
+        def show(message, category, *rest, **more):
+            if issubclass(category, RandomWeightsWarning):
+                click.echo(f"Warning: {message}", err=True)
+            else:
+                default(message, category, *rest, **more)
+
+        warnings.showwarning = show
+        yield

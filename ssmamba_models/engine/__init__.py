@@ -1,0 +1,1 @@
+"""What runs a model over data: encoders made ready, folders embedded."""

@@ -1,0 +1,184 @@
+"""A folder of tiles in, one file of features out."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ssmamba_models.data.features import FeatureWriter, check_output, require_h5py
+from ssmamba_models.data.tiles import TileBatch, TileDataset, TileFolder, collate_tiles, find_tiles
+from ssmamba_models.engine.encoder import Encoder, load_encoder
+
+
+@dataclass(frozen=True)
+class EmbedSummary:
+    """What `embed_folder` did.
+
+    Attributes:
+        out: the file written.
+        count: N, the number of tiles in it.
+        embed_dim: D, the length of a feature.
+        unreadable: (path, reason) of each tile that could not be read and is not in the file.
+        seconds: time from the first batch asked for to the file in place, the model's creation excluded.
+        tiles_per_second: `count / seconds`.
+    """
+
+    out: Path
+    count: int
+    embed_dim: int
+    unreadable: list[tuple[str, str]]
+    seconds: float
+    tiles_per_second: float
+
+
+def embed_folder(
+    folder: str | os.PathLike,
+    out: str | os.PathLike,
+    model: str = "ssmamba_small",
+    *,
+    pretrained: bool = False,
+    checkpoint: str | os.PathLike | None = None,
+    batch_size: int = 32,
+    workers: int | None = None,
+    device: str | torch.device | None = None,
+    bf16: bool = False,
+    img_size: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> EmbedSummary:
+    """Embed all tiles of a folder into one HDF5 file (see `ssmamba_models.data.features` for its layout).
+
+    Tiles are resized, cropped and normalised as the model's own configuration says. A tile that cannot be
+    read is reported and left out. What can fail early (folder, output, model) is checked before the run.
+
+    Args:
+        folder: tiles, nested or flat; see `find_tiles` for what counts as a tile and when folders are labels.
+        out: the file to write; its folder must exist. Written whole or not at all.
+        model: a name of this zoo or any timm name.
+        pretrained, checkpoint, device, bf16, img_size, seed: as `load_encoder`.
+        batch_size: tiles per forward pass.
+        workers: processes that decode tiles ahead; 0 decodes in this one, None chooses by the machine.
+        overwrite: replace an existing `out`.
+        progress: draw a progress bar on stderr.
+
+    Returns:
+        What was done, and which tiles were unreadable.
+
+    Raises:
+        ValueError: no tile, no readable tile, an unknown model, an impossible size, or features that are
+            not finite.
+        FileExistsError: `out` exists and `overwrite` is False.
+        OSError: the folder or the output is not usable, or a worker process died.
+        ImportError: h5py is missing.
+    """
+    _check_counts(batch_size=(batch_size, 1), workers=(workers, 0), img_size=(img_size, 1))
+    require_h5py()
+    check_output(out, overwrite)
+    tiles = find_tiles(folder)
+    encoder = load_encoder(
+        model,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        device=device,
+        bf16=bf16,
+        img_size=img_size,
+        seed=seed,
+    )
+    writer = FeatureWriter(out, encoder.embed_dim, tiles.labels is not None, encoder.provenance(), overwrite)
+    loader = _loader(tiles, encoder, batch_size, workers)
+    start = time.perf_counter()
+    with writer, _progress_bar(len(tiles), progress) as bar:
+        unreadable = _embed_into(writer, tiles, encoder, loader, bar)
+    seconds = time.perf_counter() - start
+    return EmbedSummary(
+        writer.path, writer.count, encoder.embed_dim, unreadable, seconds, writer.count / seconds
+    )
+
+
+def _check_counts(**counts: tuple[int | None, int]) -> None:
+    for name, (value, least) in counts.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}, expected {least} or more")
+
+
+def _loader(tiles: TileFolder, encoder: Encoder, batch_size: int, workers: int | None) -> DataLoader:
+    batches = -(-len(tiles) // batch_size)
+    return DataLoader(
+        TileDataset(tiles, encoder.transform),
+        batch_size=batch_size,
+        collate_fn=collate_tiles,
+        # A process without a batch to decode costs its start and nothing else.
+        num_workers=min(_default_workers(encoder.device) if workers is None else workers, batches),
+        pin_memory=encoder.device.type == "cuda",
+    )
+
+
+def _default_workers(device: torch.device) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # On a CPU the model needs the cores itself, and one process decodes faster than it computes.
+    return min(8, cores) if device.type != "cpu" else 1
+
+
+def _progress_bar(count: int, progress: bool) -> tqdm:
+    # A log file wants a line now and then, not ten a second.
+    interval = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(total=count, unit="tile", desc="embed", disable=not progress, mininterval=interval)
+
+
+def _embed_into(
+    writer: FeatureWriter, tiles: TileFolder, encoder: Encoder, loader: DataLoader, bar: tqdm
+) -> list[tuple[str, str]]:
+    unreadable = []
+    for batch in _batches(loader):
+        unreadable += [(tiles.paths[index], reason) for index, reason in batch.unreadable]
+        if batch.images is not None:
+            _embed_batch(writer, tiles, encoder, batch)
+        bar.update(len(batch.indices) + len(batch.unreadable))
+    if writer.count == 0:
+        path, reason = unreadable[0]
+        raise ValueError(
+            f"none of the {len(tiles)} tiles in {str(tiles.root)!r} is readable (first: {path}: {reason}); "
+            "nothing was written"
+        )
+    return unreadable
+
+
+def _batches(loader: DataLoader) -> Iterator[TileBatch]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            f"a process that decodes tiles died ({str(error).splitlines()[0]}); memory or /dev/shm may be "
+            "short: use fewer --workers (0 decodes in the main process)"
+        ) from error
+
+
+def _embed_batch(writer: FeatureWriter, tiles: TileFolder, encoder: Encoder, batch: TileBatch) -> None:
+    try:
+        features = encoder.embed(batch.images)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"a batch of {len(batch.images)} tiles does not fit into the memory of {encoder.device}; "
+            "use a smaller --batch-size"
+        ) from error
+    paths = [tiles.paths[index] for index in batch.indices]
+    finite = torch.isfinite(features).all(dim=1)
+    if not finite.all():
+        first = paths[int(finite.logical_not().nonzero()[0])]
+        raise ValueError(
+            f"{encoder.name} returns features that are not finite (first tile: {first}); "
+            "check the weights, or run without --bf16"
+        )
+    labels = [tiles.labels[index] for index in batch.indices] if tiles.labels is not None else None
+    writer.append(features.numpy(), paths, labels)

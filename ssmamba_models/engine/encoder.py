@@ -1,0 +1,291 @@
+"""An encoder made ready for inference: model, weights, input transform, device, and where they come from."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import get_pretrained_cfg, is_model, load_state_dict
+from torch import nn
+
+from ssmamba_models._version import __version__
+
+
+class RandomWeightsWarning(UserWarning):
+    """The model's weights are random: its features show the architecture, not what a training found."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model that turns images into features, in eval mode on its device.
+
+    Attributes:
+        model: maps (B, 3, H, W) float32 to (B, D).
+        name: the timm name, with its tag where one was given.
+        embed_dim: D.
+        transform: turns a PIL RGB image into the (3, H, W) tensor that the model expects.
+        data_config: what the transform was made from (input_size, mean, std, interpolation, crop_pct,
+            crop_mode).
+        device: where the model is.
+        bf16: whether `embed` runs under bfloat16 autocast.
+        weights: the origin of the weights, as file attributes (pretrained_tag, checkpoint, seed).
+    """
+
+    model: nn.Module
+    name: str
+    embed_dim: int
+    transform: Callable
+    data_config: Mapping[str, Any]
+    device: torch.device
+    bf16: bool
+    weights: Mapping[str, Any]
+
+    @torch.inference_mode()
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Compute features.
+
+        Args:
+            images: (B, 3, H, W) float32, transformed, on any device.
+
+        Returns:
+            (B, D) float32, on the CPU.
+        """
+        images = images.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            features = self.model(images)
+        return features.float().cpu()
+
+    def provenance(self) -> dict[str, Any]:
+        """What a reader of the features must know to make them again: strings, numbers and lists of them."""
+        return {
+            "model": self.name,
+            **self.weights,
+            "weights_sha256": weights_sha256(self.model),
+            **{key: self.data_config[key] for key in ("input_size", "mean", "std", "interpolation")},
+            **{key: self.data_config[key] for key in ("crop_pct", "crop_mode")},
+            "dtype": "bfloat16" if self.bf16 else "float32",
+            "device": self.device.type,
+            "ssmamba_models_version": __version__,
+            "torch_version": str(torch.__version__),
+            "timm_version": timm.__version__,
+        }
+
+
+def load_encoder(
+    model: str,
+    *,
+    pretrained: bool = False,
+    checkpoint: str | os.PathLike | None = None,
+    device: str | torch.device | None = None,
+    bf16: bool = False,
+    img_size: int | None = None,
+    seed: int = 0,
+) -> Encoder:
+    """Create a model of the zoo, or any model of timm, as a feature extractor.
+
+    Args:
+        model: a timm name, such as "ssmamba_small" or "vit_small_patch16_224.augreg_in1k".
+        pretrained: load the published weights of that name.
+        checkpoint: load the weights of this file (.safetensors, .pth, .pt or .bin) instead.
+        device: "cpu", "cuda", "cuda:1", ...; None takes a GPU where there is one.
+        bf16: run under bfloat16 autocast: faster where the hardware has it, features good to about 2 digits.
+        img_size: side of the square input in pixels; None takes the model's own.
+        seed: makes random weights the same in each run; unused where weights are loaded.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        ValueError: unknown model, no published weights, a checkpoint that does not fit, an unusable device
+            or size.
+        FileNotFoundError: the checkpoint does not exist.
+        OSError: the published weights cannot be fetched.
+
+    Warns:
+        RandomWeightsWarning: neither `pretrained` nor `checkpoint` was given.
+    """
+    if pretrained and checkpoint is not None:
+        raise ValueError(
+            "--pretrained and --checkpoint exclude each other: the weights come from one of them"
+        )
+    _check_name(model)
+    place = _resolve_device(device)
+    network = _create(model, pretrained, img_size, seed)
+    if checkpoint is not None:
+        _load_checkpoint(network, checkpoint)
+    elif not pretrained:
+        warnings.warn(
+            f"features come from random weights of {model} (seed {seed}); use --pretrained (pretrained=True) "
+            "or --checkpoint FILE (checkpoint=...) for trained ones",
+            RandomWeightsWarning,
+            stacklevel=2,
+        )
+    network = network.eval().requires_grad_(False).to(place)
+    data_config = resolve_model_data_config(network, {"img_size": img_size})
+    return Encoder(
+        model=network,
+        name=model,
+        embed_dim=_measure_embed_dim(network, model, data_config["input_size"], place),
+        transform=create_transform(**data_config, is_training=False),
+        data_config=data_config,
+        device=place,
+        bf16=bf16,
+        weights=_describe_weights(network, pretrained, checkpoint, seed),
+    )
+
+
+def _check_name(model: str) -> None:
+    # "hf-hub:owner/name" and "local-dir:path" are timm's own schemes: it resolves and checks them.
+    if ":" in model:
+        return
+    if is_model(model.split(".")[0]):
+        _check_tag(model)
+        return
+    near = difflib.get_close_matches(model, timm.list_models(), n=3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"unknown model {model!r}; {hint}`ssmamba list` names ours, timm.list_models() all")
+
+
+def _check_tag(model: str) -> None:
+    try:
+        get_pretrained_cfg(model)
+    except RuntimeError as error:
+        tags = timm.list_pretrained(f"{model.split('.')[0]}.*")
+        raise ValueError(f"unknown weights {model!r}; published are: {', '.join(tags) or 'none'}") from error
+
+
+def _resolve_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device {str(device)!r} cannot be used ({reason}); use --device cpu, `ssmamba doctor` says more"
+        ) from error
+    return place
+
+
+def _create(model: str, pretrained: bool, img_size: int | None, seed: int) -> nn.Module:
+    config = None if ":" in model else get_pretrained_cfg(model)
+    if pretrained and config is not None and not config.has_weights:
+        raise ValueError(
+            f"{model} has no published weights; leave --pretrained out, or give --checkpoint FILE"
+        )
+    # A model with a position table must be told the size that it will see; the others take any.
+    size = {"img_size": img_size} if img_size is not None and config and config.fixed_input_size else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return timm.create_model(model, pretrained=pretrained, num_classes=0, **size)
+        except Exception as error:
+            if not pretrained and ":" not in model:
+                raise
+            raise OSError(
+                f"the weights of {model} cannot be loaded ({_first_line(error)}); `ssmamba doctor` checks "
+                "the hub's settings and cache, --checkpoint FILE takes weights that you have"
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _load_checkpoint(network: nn.Module, checkpoint: str | os.PathLike) -> None:
+    path = os.fspath(checkpoint)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"the checkpoint {path!r} does not exist (or is a folder)")
+    try:
+        # weights_only: a checkpoint is data, and must not run code.
+        state = load_state_dict(path, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"the checkpoint {path!r} is not a safe weight file ({_first_line(error)}); "
+            "expected .safetensors, or a .pth that holds tensors alone"
+        ) from error
+    if not isinstance(state, Mapping) or not all(torch.is_tensor(value) for value in state.values()):
+        raise ValueError(f"the checkpoint {path!r} holds no state dict (names -> tensors)")
+    encoder_state = {key: value for key, value in state.items() if not _is_classifier(network, key)}
+    _fit_state(network, encoder_state, path)
+
+
+def _is_classifier(network: nn.Module, key: str) -> bool:
+    # An encoder has no classifier, a checkpoint of a trained classifier does: features do not need it.
+    names = network.pretrained_cfg.get("classifier") or ()
+    names = (names,) if isinstance(names, str) else names
+    return any(key.startswith(f"{name}.") for name in names)
+
+
+def _fit_state(network: nn.Module, state: Mapping[str, torch.Tensor], path: str) -> None:
+    own = network.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    reshaped = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
+    problems = [
+        f"{len(keys)} {kind} (first: {keys[0]})"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f"the checkpoint {path!r} does not fit the model: tensors {', '.join(problems)}; "
+            "was it made by another model?"
+        )
+    network.load_state_dict(state)
+
+
+def _measure_embed_dim(
+    network: nn.Module, name: str, input_size: tuple[int, ...], device: torch.device
+) -> int:
+    # One blank image tells the true width, and finds an impossible input size before the long run does.
+    try:
+        with torch.inference_mode():
+            features = network(torch.zeros(1, *input_size, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(
+            f"{name} cannot take images of {input_size[1]} x {input_size[2]} px ({_first_line(error)}); "
+            "choose another --img-size"
+        ) from error
+    if features.ndim != 2:
+        raise ValueError(
+            f"{name} returns features of shape {tuple(features.shape)}, expected one vector per image"
+        )
+    return features.shape[1]
+
+
+def _describe_weights(
+    network: nn.Module, pretrained: bool, checkpoint: str | os.PathLike | None, seed: int
+) -> dict[str, Any]:
+    if pretrained:
+        return {"weights": "pretrained", "pretrained_tag": network.pretrained_cfg.get("tag") or "default"}
+    if checkpoint is not None:
+        return {"weights": "checkpoint", "pretrained_tag": "none", "checkpoint": os.path.basename(checkpoint)}
+    return {"weights": "random", "pretrained_tag": "none", "seed": seed}
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """The SHA-256 of a model's weights: name, dtype, shape and bytes of each tensor, in the order of names.
+
+    Args:
+        model: any module; parameters and persistent buffers count, the device does not.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
