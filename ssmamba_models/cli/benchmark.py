@@ -1,0 +1,132 @@
+"""`ssmamba benchmark`: measure the scans and the models on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from ssmamba_models.benchmark.models import (
+    DEFAULT_MODEL,
+    DEFAULT_PEERS,
+    DEFAULT_SIZES,
+    DTYPES,
+    LAYOUTS,
+    ModelsPlan,
+    format_models,
+    run_models,
+)
+from ssmamba_models.benchmark.report import check_writable, write_json
+
+
+@click.group()
+def command() -> None:
+    """Measure the scans and the models on this machine.
+
+    All contenders take turns in one run, so that their ratios hold even where others use the machine too. Times
+    are medians; the JSON file holds every sample and describes the machine.
+    """
+
+
+def _common_options(function: Callable) -> Callable:
+    """What both benchmarks are told about where and how long to run."""
+    options = [
+        click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to run."),
+        click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]"),
+        click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Samples of each."),
+        click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all results here."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@command.command("models")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="The model to compare.")
+@click.option(
+    "--peers",
+    default=",".join(DEFAULT_PEERS),
+    show_default=True,
+    metavar="NAMES",
+    help="Models of timm to compare it with.",
+)
+@click.option(
+    "--sizes",
+    default=",".join(map(str, DEFAULT_SIZES)),
+    show_default=True,
+    metavar="PIXELS",
+    help="Sizes of the images.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    help="Images per batch.  [default: chosen per size, holding the pixels per batch]",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option("--train", is_flag=True, help="Measure training steps instead of inference.")
+@click.option("--compile", "compiled", is_flag=True, help="Measure every model through torch.compile as well.")
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default="auto",
+    show_default=True,
+    help="Layout of images and weights; auto gives each model its faster one.",
+)
+@click.option("--memory/--no-memory", default=True, show_default=True, help="Measure peak memory.")
+@click.option("--budget", default=120.0, show_default=True, help="Seconds per size before rounds are cut.")
+@_common_options
+def models(
+    model: str,
+    peers: str,
+    sizes: str,
+    batch_size: int | None,
+    dtype: str,
+    train: bool,
+    compiled: bool,
+    layout: str,
+    memory: bool,
+    budget: float,
+    device: str,
+    threads: int | None,
+    rounds: int,
+    json_path: Path | None,
+) -> None:
+    """A model against its peers: images per second, peak memory and size."""
+    plan = ModelsPlan(
+        model=model,
+        peers=_split(peers),
+        sizes=[_whole_number(size) for size in _split(sizes)],
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        train=train,
+        compile=compiled,
+        layout=layout,
+        memory=memory,
+        rounds=rounds,
+        threads=threads,
+        budget_s=budget,
+    )
+    _run(run_models, plan, format_models, json_path)
+
+
+def _run(measure: Callable, plan: object, show: Callable[[dict], str], json_path: Path | None) -> None:
+    """Measure, print and write; progress goes to stderr, so that the table can be piped."""
+    if json_path is not None:
+        check_writable(json_path)
+    report = measure(plan, progress=lambda line: click.echo(line, err=True))
+    click.echo(show(report))
+    if json_path is not None:
+        write_json(json_path, report)
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"--sizes: {text!r} is not a whole number of pixels; write 224,512") from None
