@@ -7,15 +7,17 @@ depends on the time or the machine's paths, so the same input gives the same byt
 
 from __future__ import annotations
 
+import contextlib
 import os
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+from ssmamba_models.data.output import whole_file
 
 # Rows per HDF5 chunk: large enough to read fast, small enough that a file of ten tiles stays small.
 _CHUNK_ROWS = 256
@@ -53,120 +55,14 @@ def require_h5py() -> ModuleType:
     return h5py
 
 
-def check_output(path: str | os.PathLike, overwrite: bool = False) -> Path:
-    """Make sure, before a long run, that a file can be written at its end.
-
-    Args:
-        path: the file to be written; its folder must exist.
-        overwrite: whether an existing file may be replaced.
-
-    Returns:
-        The path.
-
-    Raises:
-        FileExistsError: the file exists and may not be replaced.
-        FileNotFoundError: its folder does not exist (no folder is created: it may be a misspelling).
-        NotADirectoryError, IsADirectoryError, PermissionError, OSError: it cannot be written there.
-    """
-    out = Path(path)
-    folder = out.parent
-    if not folder.exists():
-        raise FileNotFoundError(
-            f"the output's folder {str(folder)!r} does not exist; create it (mkdir -p) or choose another"
-        )
-    if not folder.is_dir():
-        raise NotADirectoryError(f"cannot write {str(out)!r}: {str(folder)!r} is a file, not a folder")
-    if out.is_dir():
-        raise IsADirectoryError(
-            f"the output {str(out)!r} is a folder; name a file, such as {str(out / 'f.h5')!r}"
-        )
-    if out.exists() and not overwrite:
-        raise FileExistsError(
-            f"the output {str(out)!r} exists; replace it with --overwrite (overwrite=True) "
-            "or choose another name"
-        )
-    _probe_writing(folder)
-    return out
-
-
-def _probe_writing(folder: Path) -> None:
-    # Permission bits say too little (root, network mounts, read-only file systems): only writing tells.
-    probe = folder / f".ssmamba-probe-{secrets.token_hex(4)}"
-    try:
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except OSError as error:
-        raise type(error)(
-            f"cannot write in the output's folder {str(folder)!r} ({error.strerror}); choose a writable one"
-        ) from error
-
-
 class FeatureWriter:
-    """Writes a feature file batch by batch, whole or not at all.
+    """Appends batches of features to an open feature file; `write_features` makes one."""
 
-    A context manager. Rows go to a hidden file beside the output; on leaving the block that file is flushed,
-    read back and renamed. If the block raises (Ctrl-C included), it is removed and an existing output is
-    untouched.
-
-    Args:
-        path: the file to write.
-        embed_dim: D, the length of a feature.
-        labelled: whether the tiles have labels.
-        attributes: the provenance; str, int, float and sequences of them.
-        overwrite: whether an existing file may be replaced.
-
-    Raises:
-        ImportError: h5py is missing.
-        OSError: as `check_output`, or writing fails.
-        ValueError: a batch has another shape than its paths and labels, or no row was written.
-
-    Example:
-        >>> with FeatureWriter("f.h5", embed_dim=512, labelled=False, attributes={"model": "m"}) as writer:
-        ...     writer.append(features, paths)
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        embed_dim: int,
-        labelled: bool,
-        attributes: Mapping[str, Any],
-        overwrite: bool = False,
-    ):
-        self._h5py = require_h5py()
-        self.path = check_output(path, overwrite)
+    def __init__(self, file, embed_dim: int, labelled: bool):
+        self._file = file
         self.embed_dim = embed_dim
         self.labelled = labelled
         self.count = 0
-        self._attributes = attributes
-        self._overwrite = overwrite
-        self._part = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
-
-    def __enter__(self) -> FeatureWriter:
-        try:
-            self._file = self._h5py.File(self._part, "w-")
-            self._create_datasets()
-        except BaseException:
-            self._discard()
-            raise
-        return self
-
-    def _create_datasets(self) -> None:
-        # Time stamps would make two runs differ.
-        growing = {"track_times": False, "chunks": (_CHUNK_ROWS,), "maxshape": (None,)}
-        text = self._h5py.string_dtype("utf-8")
-        self._file.create_dataset(
-            "features",
-            shape=(0, self.embed_dim),
-            maxshape=(None, self.embed_dim),
-            chunks=(_CHUNK_ROWS, self.embed_dim),
-            dtype=np.float32,
-            track_times=False,
-        )
-        for name in ("paths", "labels") if self.labelled else ("paths",):
-            self._file.create_dataset(name, shape=(0,), dtype=text, **growing)
-        for name, value in sorted(self._attributes.items()):
-            self._file.attrs[name] = value
 
     def append(self, features: np.ndarray, paths: Sequence[str], labels: Sequence[str] | None = None) -> None:
         """Add the features of B tiles.
@@ -175,6 +71,9 @@ class FeatureWriter:
             features: (B, D), stored as float32.
             paths: B paths.
             labels: B class names; required if and only if the writer is `labelled`.
+
+        Raises:
+            ValueError: the three do not fit each other or the file.
         """
         rows = len(paths)
         if features.shape != (rows, self.embed_dim):
@@ -189,49 +88,70 @@ class FeatureWriter:
             self._file[name][self.count :] = values
         self.count += rows
 
-    def __exit__(self, kind, error, traceback) -> None:
-        if kind is not None:
-            self._discard()
-            return
-        try:
-            self._publish()
-        except BaseException:
-            self._discard()
-            raise
 
-    def _publish(self) -> None:
-        if self.count == 0:
-            raise ValueError(f"no feature was written, so {str(self.path)!r} is not made")
-        self._file.close()
-        _sync(self._part)
-        self._verify()
-        if self.path.exists() and not self._overwrite:
-            raise FileExistsError(
-                f"the output {str(self.path)!r} appeared during the run; it is left as it is"
-            )
-        os.replace(self._part, self.path)
+@contextlib.contextmanager
+def write_features(
+    path: str | os.PathLike,
+    embed_dim: int,
+    *,
+    labelled: bool,
+    attributes: Mapping[str, Any],
+    overwrite: bool = False,
+) -> Iterator[FeatureWriter]:
+    """Write a feature file batch by batch, whole or not at all (see `whole_file`).
 
-    def _verify(self) -> None:
-        with self._h5py.File(self._part, "r") as file:
-            _check_layout(file, str(self.path))
-            written = file["features"].shape
-        if written != (self.count, self.embed_dim):
-            raise OSError(f"{str(self.path)!r} read back as {written}, not {(self.count, self.embed_dim)}")
+    Args:
+        path: the file to write.
+        embed_dim: D, the length of a feature.
+        labelled: whether the tiles have labels.
+        attributes: the provenance; str, int, float and sequences of them.
+        overwrite: whether an existing file may be replaced.
 
-    def _discard(self) -> None:
-        try:
-            # Closing writes what HDF5 still holds, and fails again on the full disk that brought us here.
-            if getattr(self, "_file", None):
-                self._file.close()
-        except (OSError, RuntimeError):
-            pass
-        finally:
-            self._part.unlink(missing_ok=True)
+    Raises:
+        ImportError: h5py is missing.
+        OSError: the file cannot be written, or does not read back as written.
+        ValueError: nothing was appended.
+
+    Example:
+        >>> with write_features("f.h5", 512, labelled=False, attributes={"model": "m"}) as writer:
+        ...     writer.append(features, paths)
+    """
+    h5py = require_h5py()
+    with whole_file(path, overwrite) as part:
+        with h5py.File(part, "w-") as file:
+            _create_datasets(file, h5py, embed_dim, labelled)
+            for name, value in sorted(attributes.items()):
+                file.attrs[name] = value
+            writer = FeatureWriter(file, embed_dim, labelled)
+            yield writer
+        if writer.count == 0:
+            raise ValueError(f"no feature was appended, so {os.fspath(path)!r} is not made")
+        _verify(h5py, part, writer)
 
 
-def _sync(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+def _create_datasets(file, h5py: ModuleType, embed_dim: int, labelled: bool) -> None:
+    def create(name: str, width: tuple[int, ...], dtype) -> None:
+        file.create_dataset(
+            name,
+            shape=(0, *width),
+            maxshape=(None, *width),
+            chunks=(_CHUNK_ROWS, *width),
+            dtype=dtype,
+            track_times=False,  # time stamps would make two runs differ
+        )
+
+    create("features", (embed_dim,), np.float32)
+    create("paths", (), h5py.string_dtype("utf-8"))
+    if labelled:
+        create("labels", (), h5py.string_dtype("utf-8"))
+
+
+def _verify(h5py: ModuleType, part: Path, writer: FeatureWriter) -> None:
+    with h5py.File(part, "r") as file:
+        _check_layout(file, part.name)
+        written = file["features"].shape
+    if written != (writer.count, writer.embed_dim):
+        raise OSError(f"the feature file read back as {written}, not {(writer.count, writer.embed_dim)}")
 
 
 def read_features(path: str | os.PathLike) -> TileFeatures:

@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ssmamba_models.data.features import FeatureWriter, check_output, require_h5py
+from ssmamba_models.data.features import FeatureWriter, require_h5py, write_features
+from ssmamba_models.data.output import check_output
 from ssmamba_models.data.tiles import TileBatch, TileDataset, TileFolder, collate_tiles, find_tiles
 from ssmamba_models.engine.encoder import Encoder, load_encoder
 
@@ -93,14 +94,19 @@ def embed_folder(
         img_size=img_size,
         seed=seed,
     )
-    writer = FeatureWriter(out, encoder.embed_dim, tiles.labels is not None, encoder.provenance(), overwrite)
     loader = _loader(tiles, encoder, batch_size, workers)
+    labelled, attributes = tiles.labels is not None, encoder.provenance()
     start = time.perf_counter()
-    with writer, _progress_bar(len(tiles), progress) as bar:
+    with (
+        _progress_bar(len(tiles), progress) as bar,
+        write_features(
+            out, encoder.embed_dim, labelled=labelled, attributes=attributes, overwrite=overwrite
+        ) as writer,
+    ):
         unreadable = _embed_into(writer, tiles, encoder, loader, bar)
     seconds = time.perf_counter() - start
     return EmbedSummary(
-        writer.path, writer.count, encoder.embed_dim, unreadable, seconds, writer.count / seconds
+        Path(out), writer.count, encoder.embed_dim, unreadable, seconds, writer.count / seconds
     )
 
 
