@@ -38,7 +38,8 @@ def command(ctx: click.Context, quiet: bool, **options) -> None:
     for path, reason in summary.unreadable:
         click.echo(f"unreadable: {_printable(path)}: {reason}", err=True)
     if summary.unreadable:
-        click.echo(f"{len(summary.unreadable)} tiles were unreadable and are not in {summary.out}", err=True)
+        bad, tiles = len(summary.unreadable), summary.count + len(summary.unreadable)
+        click.echo(f"{bad} of {tiles} tiles unreadable and not in {summary.out}", err=True)
         ctx.exit(1)
 
 

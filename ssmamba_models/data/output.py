@@ -71,9 +71,9 @@ def _probe_writing(folder: Path) -> None:
 def whole_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """Write a file whole or not at all.
 
-    Gives the path of a hidden file beside the output, to be written in the block. When the block ends, that file
-    is flushed to the disk and renamed; when it raises (Ctrl-C included), it is removed and an existing output is
-    untouched.
+    Gives the path of a hidden file beside the output, to be written in the block. When the block ends, that
+    file is flushed to the disk and renamed; when it raises (Ctrl-C included), it is removed and an existing
+    output is untouched.
 
     Args:
         path: the file to write.

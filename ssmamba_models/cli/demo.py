@@ -1,0 +1,87 @@
+"""`ssmamba demo`: a model, an image, and a picture of what the model makes of it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+import torch
+from PIL import Image
+
+from ssmamba_models.cli.warn import plain_warnings
+from ssmamba_models.data.output import check_output, whole_file
+from ssmamba_models.data.synthetic import synthetic_he
+from ssmamba_models.data.tiles import read_tile
+from ssmamba_models.engine.encoder import Encoder, load_encoder
+from ssmamba_models.evaluation.token_map import draw_token_map, token_grid
+
+
+@click.command()
+@click.argument("image", type=click.Path(), required=False)
+@click.option("--out", default="ssmamba_demo.png", show_default=True, type=click.Path(), help="PNG to write.")
+@click.option("--model", default="ssmamba_small", show_default=True, help="Ours, or any timm name.")
+@click.option("--pretrained", is_flag=True, help="Use the model's published weights.")
+@click.option("--checkpoint", type=click.Path(), help="Use the weights of this .safetensors or .pth file.")
+@click.option("--img-size", default=512, show_default=True, help="Side of the input in pixels.")
+@click.option("--point", type=int, nargs=2, help="X Y of the marked token in the input. Default: the centre.")
+@click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
+def command(
+    image: str | None,
+    out: str,
+    model: str,
+    pretrained: bool,
+    checkpoint: str | None,
+    img_size: int,
+    point: tuple[int, int] | None,
+    device: str | None,
+) -> None:
+    """Embed IMAGE (or a synthetic H&E image) and draw its token map.
+
+    An existing picture is replaced.
+    """
+    _check_picture(out)
+    source = _read(image) if image else synthetic_he(img_size, seed=4)
+    with plain_warnings():
+        encoder = load_encoder(
+            model, pretrained=pretrained, checkpoint=checkpoint, device=device, img_size=img_size
+        )
+    images = encoder.transform(source)[None]
+    features, seconds = _timed_embed(encoder, images)
+    tokens = token_grid(encoder.model, images.to(encoder.device))[0]
+    picture = draw_token_map(_as_seen(encoder, images[0]), tokens, point)
+    with whole_file(out, overwrite=True) as part:
+        picture.save(part)
+    name = image or "a synthetic H&E image"
+    click.echo(f"{model} on {name} ({images.shape[3]} x {images.shape[2]} px, {encoder.device})")
+    click.echo(f"features {tuple(features.shape)} in {seconds * 1000:.0f} ms; tokens {tuple(tokens.shape)}")
+    click.echo(f"picture  {Path(out).resolve()}")
+
+
+def _check_picture(out: str) -> None:
+    if Path(out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp"):
+        raise ValueError(f"the picture {out!r} needs a suffix that names its format, such as .png")
+    check_output(out, overwrite=True)
+
+
+def _read(path: str) -> Image.Image:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"the image {path!r} does not exist (or is a folder)")
+    try:
+        return read_tile(path)
+    except ValueError as error:
+        raise ValueError(f"the image {path!r} cannot be read: {error}") from error
+
+
+def _timed_embed(encoder: Encoder, images: torch.Tensor) -> tuple[torch.Tensor, float]:
+    encoder.embed(images)  # the first run pays for set-up that no later one does
+    start = time.perf_counter()
+    features = encoder.embed(images)
+    return features, time.perf_counter() - start
+
+
+def _as_seen(encoder: Encoder, image: torch.Tensor) -> Image.Image:
+    # Undo the normalisation: the picture shows what the model saw after resizing and cropping.
+    mean, std = (torch.tensor(encoder.data_config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())

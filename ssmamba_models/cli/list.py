@@ -1,0 +1,63 @@
+"""`ssmamba list`: the models of this zoo, their sizes, and which have published weights."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+
+import click
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import ssmamba_models
+
+_SIDE = 224
+
+
+@click.command()
+@click.argument("pattern", metavar="[FILTER]", default="*")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(pattern: str, as_json: bool) -> None:
+    """List the models whose name contains FILTER (or matches it, where it holds * or ?).
+
+    Parameters and GMACs are those of the encoder (num_classes=0), GMACs for one image of 224 x 224 px.
+    """
+    rows = [_describe(name) for name in _matching(pattern)]
+    click.echo(json.dumps(rows, indent=2) if as_json else _table(rows))
+
+
+def _matching(pattern: str) -> list[str]:
+    names = ssmamba_models.list_models()
+    wild = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
+    found = fnmatch.filter(names, wild)
+    if not found:
+        raise ValueError(f"no model matches {pattern!r}; there are: {', '.join(names)}")
+    return found
+
+
+def _describe(name: str) -> dict:
+    # On the meta device a model has shapes but no memory, so listing takes a moment, not a minute.
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0).eval()
+        image = torch.empty(1, 3, _SIDE, _SIDE)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(image)
+    return {
+        "model": name,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "embed_dim": model.num_features,
+        "gmacs": counter.get_total_flops() / 2e9,
+        "pretrained_tags": [tag.split(".", 1)[1] for tag in timm.list_pretrained(f"{name}.*")],
+    }
+
+
+def _table(rows: list[dict]) -> str:
+    width = max(len("model"), *(len(row["model"]) for row in rows))
+    lines = [f"{'model':{width}}  {'params (M)':>10}  {'embed_dim':>9}  {'GMACs@224':>9}  pretrained"]
+    lines += [
+        f"{row['model']:{width}}  {row['parameters'] / 1e6:>10.2f}  {row['embed_dim']:>9}  {row['gmacs']:>9.2f}  "
+        f"{', '.join(row['pretrained_tags']) or 'none'}"
+        for row in rows
+    ]
+    return "\n".join(lines)
