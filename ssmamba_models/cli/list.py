@@ -56,8 +56,8 @@ def _table(rows: list[dict]) -> str:
     width = max(len("model"), *(len(row["model"]) for row in rows))
     lines = [f"{'model':{width}}  {'params (M)':>10}  {'embed_dim':>9}  {'GMACs@224':>9}  pretrained"]
     lines += [
-        f"{row['model']:{width}}  {row['parameters'] / 1e6:>10.2f}  {row['embed_dim']:>9}  {row['gmacs']:>9.2f}  "
-        f"{', '.join(row['pretrained_tags']) or 'none'}"
+        f"{row['model']:{width}}  {row['parameters'] / 1e6:>10.2f}  {row['embed_dim']:>9}  "
+        f"{row['gmacs']:>9.2f}  {', '.join(row['pretrained_tags']) or 'none'}"
         for row in rows
     ]
     return "\n".join(lines)

@@ -1,0 +1,95 @@
+"""The machine: system, processor, threads, shared memory, and the devices that torch sees."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from ssmamba_models.cli.checks.finding import Finding
+from ssmamba_models.cli.checks.probe import finish_probe, start_probe
+
+_SUBJECT = "machine"
+# A batch of 32 tiles of 224 px takes 19 MB, and each worker holds two.
+_SHARED_MEMORY = 256 * 2**20
+
+_TORCH_FACTS = """
+import torch
+report(
+    threads=torch.get_num_threads(),
+    built_for=torch.version.cuda or torch.version.hip or "",
+    devices=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    bf16=bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported()),
+)
+"""
+
+
+def start_torch_facts() -> subprocess.Popen:
+    """Begin to ask torch, in a process of its own, what it sees."""
+    return start_probe(_TORCH_FACTS)
+
+
+def check_machine(process: subprocess.Popen) -> list[Finding]:
+    """Describe the machine, with what `start_torch_facts` began."""
+    findings = [
+        Finding(_SUBJECT, "system", "ok", platform.platform()),
+        Finding(
+            _SUBJECT, "processor", "ok", f"{_processor()}, {_usable_cores()} of {os.cpu_count()} cores usable"
+        ),
+        *_shared_memory(),
+    ]
+    probe = finish_probe(process)
+    if probe.failure:
+        text = f"unknown, because torch failed: {probe.failure}"
+        return [*findings, Finding(_SUBJECT, "devices", "problem", text, "see torch under packages")]
+    facts = probe.facts[-1]
+    return [*findings, _threads(facts), _devices(facts)]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _threads(facts: dict) -> Finding:
+    threads, cores = facts["threads"], _usable_cores()
+    if threads > cores:
+        text = f"torch uses {threads} threads on {cores} cores"
+        return Finding(_SUBJECT, "threads", "warning", text, f"export OMP_NUM_THREADS={cores}")
+    return Finding(_SUBJECT, "threads", "ok", f"torch uses {threads}")
+
+
+def _shared_memory() -> list[Finding]:
+    if not os.path.isdir("/dev/shm"):
+        return []
+    free = shutil.disk_usage("/dev/shm").free
+    text = f"{free / 2**20:.0f} MiB free in /dev/shm"
+    if free < _SHARED_MEMORY:
+        cure = "in a container: docker run --shm-size=1g; or use --workers 0"
+        return [Finding(_SUBJECT, "shared memory", "warning", f"{text}, little for worker processes", cure)]
+    return [Finding(_SUBJECT, "shared memory", "ok", text)]
+
+
+def _devices(facts: dict) -> Finding:
+    if facts["devices"]:
+        bf16 = "bfloat16" if facts["bf16"] else "no bfloat16"
+        return Finding(_SUBJECT, "devices", "ok", f"cpu, cuda: {', '.join(facts['devices'])} ({bf16})")
+    if os.path.exists("/dev/nvidia0"):
+        cause = (
+            f"torch is built for CUDA {facts['built_for']}" if facts["built_for"] else "torch is a CPU build"
+        )
+        cure = "install a torch for the CUDA version that nvidia-smi names: see pytorch.org/get-started"
+        return Finding(
+            _SUBJECT, "devices", "warning", f"an NVIDIA GPU is there, torch cannot use it ({cause})", cure
+        )
+    return Finding(_SUBJECT, "devices", "ok", "cpu (no GPU seen)")
