@@ -1,0 +1,60 @@
+"""What every operator asks of its arguments, with errors that name the argument, what it is, and what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def expect_tensors(op: str, **arguments: Tensor | None) -> None:
+    """Raises TypeError if an argument is neither a floating tensor nor None, ValueError if devices differ."""
+    first_name, first = next(iter(arguments.items()))
+    for name, x in arguments.items():
+        if x is None and name != first_name:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, not {type(x).__name__}")
+        if x.is_complex():
+            raise TypeError(f"{op}: {name} is complex; only real tensors are supported")
+        if not x.is_floating_point():
+            raise TypeError(f"{op}: {name} must have a floating dtype, not {x.dtype}; cast it with .float()")
+        if x.device != first.device:
+            raise ValueError(
+                f"{op}: {name} is on {x.device}, but {first_name} is on {first.device}; move them to one device"
+            )
+
+
+def expect_dims(op: str, name: str, x: Tensor, layout: str) -> None:
+    """Raises ValueError unless x has as many dimensions as the layout, such as "B, H, W, D", has names."""
+    if x.dim() != layout.count(",") + 1:
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected ({layout})")
+
+
+def expect_shape(op: str, name: str, x: Tensor | None, layout: str, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless x is None or has that shape."""
+    if x is None:
+        return
+    if x.dim() != len(shape) or any(have != want for have, want in zip(x.shape, shape)):
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected ({layout}) = {tuple(shape)}")
+
+
+def activations(op: str, u: Tensor, **others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The activations in one dtype: autocast's where autocast is on, else the one that they share.
+
+    Raises:
+        TypeError: they differ and autocast is off.
+    """
+    device = u.device.type
+    if u.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return tuple(None if x is None else x.to(dtype) for x in (u, *others.values()))
+    for name, x in others.items():
+        if x is not None and x.dtype != u.dtype:
+            raise TypeError(f"{op}: {name} is {x.dtype}, but the first argument is {u.dtype}; cast them to one dtype")
+    return (u, *others.values())
+
+
+def parameters(u: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A, D and biases in the precision of the recurrence: float32, or float64 for float64 activations."""
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    return tuple(None if x is None else x.to(dtype) for x in tensors)

@@ -1,0 +1,1 @@
+"""The C backend: fused kernels for any CPU, loaded with ctypes, run on a small thread pool."""

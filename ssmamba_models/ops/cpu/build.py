@@ -1,0 +1,25 @@
+"""How setuptools builds the C kernels: optional by default, required when SSMAMBA_REQUIRE_EXT=1.
+
+Named in setup.cfg (cmdclass). Loaded by setuptools on its own, before the package can be imported, so it imports
+nothing but setuptools.
+"""
+
+from __future__ import annotations
+
+import os
+
+from setuptools.command.build_ext import build_ext
+
+
+class BuildExt(build_ext):
+    """Builds the kernels; without a working compiler the install goes on, and the package runs on plain torch."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if os.environ.get("SSMAMBA_REQUIRE_EXT", "0") not in ("", "0"):
+            for extension in self.extensions:
+                extension.optional = False
+
+    def get_export_symbols(self, ext):
+        # The library is opened with ctypes, never imported, so there is no PyInit function to export.
+        return ext.export_symbols

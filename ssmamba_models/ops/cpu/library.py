@@ -1,0 +1,38 @@
+"""Finding and opening the compiled kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+
+CURE = (
+    "install a C compiler (Debian: apt-get install gcc; macOS: xcode-select --install) and reinstall: "
+    "pip install --force-reinstall --no-deps ssmamba-models"
+)
+FUNCTIONS = (
+    "ssmamba_directional_forward",
+    "ssmamba_directional_backward",
+    "ssmamba_selective_forward",
+    "ssmamba_selective_backward",
+    "ssmamba_conv_forward",
+    "ssmamba_conv_backward",
+)
+
+
+@functools.cache
+def open_library() -> tuple[ctypes.CDLL | None, str]:
+    """The library and "", or None and why there is none."""
+    spec = importlib.util.find_spec("ssmamba_models.ops.cpu._kernels")
+    if spec is None or not spec.origin or not os.path.isfile(spec.origin):
+        return None, "the C kernels were not built when the package was installed"
+    try:
+        library = ctypes.CDLL(spec.origin)
+        for name in FUNCTIONS:
+            function = getattr(library, name)
+            function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+            function.restype = ctypes.c_int
+    except (OSError, AttributeError) as error:
+        return None, f"the C kernels could not be loaded ({error})"
+    return library, ""

@@ -1,0 +1,135 @@
+/* Sixteen channels at a time, as loops over lanes that the compiler turns into vectors of whatever width the machine
+ * has (one AVX-512 register, two AVX, four SSE or NEON). Every loop marked LANEWISE runs over 16 floats and calls
+ * only the scalar functions below. Measured with GCC 12: 64-byte vector types spill where registers are narrower,
+ * these loops do not.
+ *
+ * Numerics: exp2 and log1p are polynomials that minimise the relative error (9e-8 and 3e-8 before rounding), so
+ * no libm call stands in a loop. Rounding to the nearest integer adds and subtracts 1.5 * 2^23; -ffast-math would
+ * remove that, so it must never be used here.
+ */
+#ifndef SSMAMBA_SIMD_H
+#define SSMAMBA_SIMD_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+#define LANEWISE _Pragma("omp simd simdlen(16)") for (int i = 0; i < LANES; i++)
+
+/* One source, several instruction sets, chosen when the library is loaded (ifunc, hence glibc). */
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GLIBC__) && \
+    ((defined(__clang__) && __clang_major__ >= 17) || (!defined(__clang__) && __GNUC__ >= 12))
+#define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define MULTIVERSION
+#endif
+
+#define LOG2E 1.44269504088896341f
+
+INLINE int32_t bits(float x) { int32_t b; memcpy(&b, &x, sizeof b); return b; }
+INLINE float from_bits(int32_t b) { float x; memcpy(&x, &b, sizeof x); return x; }
+INLINE float absolute(float x) { return from_bits(bits(x) & 0x7fffffff); }
+
+/* 2^x. Exactly 1 at 0, so a held token leaves the state untouched to the last bit. NaN gives NaN. */
+INLINE float exp2_(float x) {
+  const float magic = 12582912.0f;
+  x = x < -126.0f ? -126.0f : x;
+  x = x > 127.0f ? 127.0f : x;
+  float shifted = x + magic;
+  float f = x - (shifted - magic);
+  float p = f * 0.001326472614891827f + 0.009671512991189957f;
+  p = p * f + 0.05550733581185341f;
+  p = p * f + 0.24022242426872253f;
+  p = p * f + 0.6931470036506653f;
+  p = p * f + 1.0f;
+  return from_bits(bits(p) + (int32_t)((uint32_t)bits(shifted) << 23));
+}
+
+/* log(1 + z) for z in [0, 1]: z times a polynomial, so the relative error stays small as z goes to 0. */
+INLINE float log1p_unit(float z) {
+  float p = z * 0.005364812444895506f + -0.030065743252635002f;
+  p = p * z + 0.07920445501804352f;
+  p = p * z + -0.13753795623779297f;
+  p = p * z + 0.19153651595115662f;
+  p = p * z + -0.24857163429260254f;
+  p = p * z + 0.3332132399082184f;
+  p = p * z + -0.49999648332595825f;
+  p = p * z + 1.0f;
+  return p * z;
+}
+
+/* softplus(x) = max(x, 0) + log1p(e^-|x|), without overflow or a division. */
+INLINE float softplus(float x) { return (x > 0.0f ? x : 0.0f) + log1p_unit(exp2_(absolute(x) * -LOG2E)); }
+
+INLINE float sigmoid(float x) {
+  float z = exp2_(absolute(x) * -LOG2E);
+  return (x < 0.0f ? z : 1.0f) / (z + 1.0f);
+}
+
+/* ---- float32, bfloat16 and float16 in memory ---- */
+
+enum { F32 = 0, BF16 = 1, F16 = 2 };
+
+INLINE float from_bf16(uint16_t raw) { return from_bits((int32_t)((uint32_t)raw << 16)); }
+
+/* Exponent and mantissa shifted into place, rescaled by 2^112 (this mends subnormals too); inf and nan redone. */
+INLINE float from_f16(uint16_t raw) {
+  int32_t magnitude = (raw & 0x7fff) << 13;
+  int32_t finite = bits(from_bits(magnitude) * 0x1p112f);
+  int32_t out = magnitude > 0x0f7fffff ? magnitude | 0x7f800000 : finite;
+  return from_bits(out | (int32_t)((uint32_t)(raw & 0x8000) << 16));
+}
+
+/* Round to nearest, ties to even; NaN stays NaN. */
+INLINE uint16_t to_bf16(float x) {
+  int32_t b = bits(x), rounded = b + 0x7fff + ((b >> 16) & 1);
+  return (uint16_t)(((b & 0x7fffffff) > 0x7f800000 ? b | 0x400000 : rounded) >> 16);
+}
+
+INLINE uint16_t to_f16(float x) {
+  int32_t b = bits(x), m = b & 0x7fffffff;
+  int32_t normal = (m + 0xfff + ((m >> 13) & 1) - (112 << 23)) >> 13;
+  /* Below 2^-14 the result is subnormal: adding 0.5 lets the adder do the rounding. */
+  int32_t subnormal = bits(from_bits(m) + 0.5f) - 0x3f000000;
+  int32_t out = m > 0x387fffff ? normal : subnormal;
+  out = m > 0x477fefff ? 0x7c00 : out; /* 65520 and more round to infinity */
+  out = m > 0x7f800000 ? 0x7e00 : out;
+  return (uint16_t)(out | ((b >> 16) & 0x8000));
+}
+
+INLINE float load_one(const void *base, ptrdiff_t at, int dtype) {
+  if (dtype == F32) return ((const float *)base)[at];
+  uint16_t raw = ((const uint16_t *)base)[at];
+  return dtype == BF16 ? from_bf16(raw) : from_f16(raw);
+}
+
+INLINE void store_one(void *base, ptrdiff_t at, float x, int dtype) {
+  if (dtype == F32) ((float *)base)[at] = x;
+  else ((uint16_t *)base)[at] = dtype == BF16 ? to_bf16(x) : to_f16(x);
+}
+
+/* Sixteen neighbours from element `at` on; lanes at and above `valid` read as 0 and are not written. */
+INLINE void load_row(float *out, const void *base, ptrdiff_t at, const int valid, const int dtype) {
+  if (valid == LANES) {
+    if (dtype == F32) memcpy(out, (const float *)base + at, LANES * sizeof(float));
+    else if (dtype == BF16) LANEWISE out[i] = from_bf16(((const uint16_t *)base)[at + i]);
+    else LANEWISE out[i] = from_f16(((const uint16_t *)base)[at + i]);
+    return;
+  }
+  LANEWISE out[i] = 0.0f;
+  for (int i = 0; i < valid; i++) out[i] = load_one(base, at + i, dtype);
+}
+
+INLINE void store_row(void *base, ptrdiff_t at, const float *row, const int valid, const int dtype) {
+  if (valid == LANES) {
+    if (dtype == F32) memcpy((float *)base + at, row, LANES * sizeof(float));
+    else if (dtype == BF16) LANEWISE((uint16_t *)base)[at + i] = to_bf16(row[i]);
+    else LANEWISE((uint16_t *)base)[at + i] = to_f16(row[i]);
+    return;
+  }
+  for (int i = 0; i < valid; i++) store_one(base, at + i, row[i], dtype);
+}
+
+#endif

@@ -1,0 +1,175 @@
+"""Which backend computes an operator: a table, an environment variable, and a report of both.
+
+A backend is a module with the functions of :mod:`ssmamba_models.ops.vectorized`: one forward and one backward per
+operator, `why_missing()` and `unsupported(op, dtype, states)`. To add one, write the module and name it here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OPERATORS = ("directional_scan", "selective_scan", "causal_conv1d")
+VARIABLE = "SSMAMBA_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute the operators.
+
+    Attributes:
+        module: module with its functions, imported when first needed.
+        devices: torch device types it runs on; empty for any.
+    """
+
+    name: str
+    module: str
+    devices: tuple[str, ...]
+
+    def load(self) -> ModuleType:
+        return importlib.import_module(self.module)
+
+    def why_missing(self) -> tuple[str, str]:
+        """("", "") if it can run on this machine, else the reason and the cure."""
+        try:
+            return self.load().why_missing()
+        except ImportError as error:
+            return f"it cannot be imported ({error})", ""
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("c", "ssmamba_models.ops.cpu.backend", ("cpu",)),
+        Backend("torch", "ssmamba_models.ops.vectorized", ()),
+        Backend("reference", "ssmamba_models.ops.naive", ()),
+    )
+}
+
+# Device type -> operator -> backends, best first. Other devices (MPS, XPU) have torch alone.
+PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": dict.fromkeys(OPERATORS, ("c", "torch")),
+}
+
+
+def _candidates(op: str, device: str) -> tuple[str, ...]:
+    return PREFERENCE.get(device, {}).get(op, ("torch",))
+
+
+@functools.cache
+def _missing(name: str) -> tuple[str, str]:
+    return BACKENDS[name].why_missing()
+
+
+def forced() -> str | None:
+    """The backend that SSMAMBA_BACKEND names, if it names one.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    name = os.environ.get(VARIABLE, "").strip().lower()
+    if not name:
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"{VARIABLE}={name!r} names no backend: use one of {', '.join(sorted(BACKENDS))}, or unset it")
+    return name
+
+
+def _obstacle(name: str, op: str, device: str, dtype: torch.dtype, states: int) -> tuple[str, str]:
+    """Why a backend cannot serve a call, and the cure; ("", "") if it can."""
+    backend = BACKENDS[name]
+    if backend.devices and device not in backend.devices:
+        return f"it runs on {' and '.join(backend.devices)} only, the tensors are on {device}", ""
+    reason, cure = _missing(name)
+    if reason:
+        return reason, cure
+    return backend.load().unsupported(op, dtype, states), ""
+
+
+@functools.cache
+def _choose(op: str, device: str, dtype: torch.dtype, states: int, name: str | None) -> ModuleType:
+    if name is not None:
+        reason, cure = _obstacle(name, op, device, dtype, states)
+        if reason:
+            raise ValueError(
+                f"{VARIABLE}={name} cannot run {op} here: {reason}. Unset {VARIABLE}{' or ' + cure if cure else ''}."
+            )
+        return BACKENDS[name].load()
+    for candidate in _candidates(op, device):
+        if not _obstacle(candidate, op, device, dtype, states)[0]:
+            _warn_of_missing(op, device)
+            return BACKENDS[candidate].load()
+    raise RuntimeError(f"no backend can run {op} on {device}")  # torch always can
+
+
+@functools.cache
+def _warn_of_missing(op: str, device: str) -> None:
+    """Say once that a faster backend could be had."""
+    best = _candidates(op, device)[0]
+    reason, cure = _missing(best)
+    if reason and not _warned(best):
+        cure = f" To mend it, {cure}." if cure else ""
+        warnings.warn(
+            f"ssmamba_models runs its scans on {device} with a slower backend than it could: backend {best!r} is "
+            f"missing, because {reason}.{cure} (`ssmamba doctor` tells more.)",
+            stacklevel=2,
+        )
+
+
+_said: set[str] = set()
+
+
+def _warned(name: str) -> bool:
+    seen = name in _said
+    _said.add(name)
+    return seen
+
+
+def select(op: str, u: Tensor, states: int = 1) -> ModuleType:
+    """The backend module that computes `op` for tensors like `u`.
+
+    Raises:
+        ValueError: SSMAMBA_BACKEND forces a backend that cannot.
+    """
+    return _choose(op, u.device.type, u.dtype, states, forced())
+
+
+def backends() -> dict[str, Any]:
+    """What there is and what will be used: plain data, ready for JSON.
+
+    Returns:
+        `forced`: the value of SSMAMBA_BACKEND or None. `backends`: for each, `available`, `devices`, and where it is
+        missing `reason` and `cure`. `operators`: operator -> device type -> the backend that serves float32 there.
+    """
+    name = forced()
+    report = {}
+    for backend in BACKENDS.values():
+        reason, cure = _missing(backend.name)
+        devices = list(backend.devices) or ["any"]
+        report[backend.name] = {"available": not reason, "devices": devices, "reason": reason, "cure": cure}
+    operators = {op: {device: _serving(op, device, name) for device in _devices()} for op in OPERATORS}
+    return {"forced": name, "backends": report, "operators": operators}
+
+
+def _devices() -> list[str]:
+    present = ["cpu"]
+    for device in ("cuda", "mps", "xpu"):
+        module = getattr(torch, device, None)
+        if module is not None and module.is_available():
+            present.append(device)
+    return present
+
+
+def _serving(op: str, device: str, name: str | None) -> str:
+    for candidate in (name,) if name else _candidates(op, device):
+        if not _obstacle(candidate, op, device, torch.float32, 1)[0]:
+            return candidate
+    return "none: the forced backend cannot run here"

@@ -1,0 +1,113 @@
+"""The definition of every operator: naive, short, slow, in any floating dtype.
+
+Everything else in :mod:`ssmamba_models.ops` is measured against these functions. They compute in float32, or in
+float64 when the input is float64, and return the dtype of the input.
+
+Sources: the selective state space recurrence is Mamba's (Gu and Dao, arXiv:2312.00752, Algorithm 2); scanning an
+image in four directions is VMamba's (Liu et al., arXiv:2401.10166, SS2D).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DIRECTIONS = 4  # rows, columns, rows reversed, columns reversed
+
+
+def to_sequence(x: Tensor, k: int) -> Tensor:
+    """Read a map in direction `k`: (B, H, W, ...) -> (B, H*W, ...)."""
+    x = x.transpose(1, 2) if k % 2 else x
+    x = x.flatten(1, 2)
+    return x.flip(1) if k >= 2 else x
+
+
+def to_map(x: Tensor, k: int, height: int, width: int) -> Tensor:
+    """Undo :func:`to_sequence`: (B, H*W, ...) -> (B, H, W, ...)."""
+    x = x.flip(1) if k >= 2 else x
+    if k % 2:
+        return x.unflatten(1, (width, height)).transpose(1, 2)
+    return x.unflatten(1, (height, width))
+
+
+def recurrence(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_(t-1) + dt_t B_t u_t and y_t = C_t . h_t, one step at a time.
+
+    Args:
+        u, dt: (batch, L, D).
+        A: (D, N).
+        B, C: (batch, L, D or 1, N).
+
+    Returns:
+        y (batch, L, D) and the last state (batch, D, N).
+    """
+    h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    y = []
+    for t in range(u.shape[1]):
+        step = dt[:, t, :, None]
+        h = torch.exp(step * A) * h + step * B[:, t] * u[:, t, :, None]
+        y.append((h * C[:, t]).sum(-1))
+    return torch.stack(y, 1) if y else torch.zeros_like(u), h
+
+
+def directional_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    hold: Tensor | None = None,
+) -> Tensor:
+    """See :func:`ssmamba_models.ops.directional_scan`."""
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    out_dtype, (height, width) = u.dtype, u.shape[1:3]
+    u, delta, A, B, C = (x.to(dtype) for x in (u, delta, A, B, C))
+    y = torch.zeros_like(u) if D is None else D.to(dtype) * u
+    for k in range(DIRECTIONS):
+        dt = F.softplus(delta if delta_bias is None else delta + delta_bias[k].to(dtype))
+        if hold is not None:
+            dt = dt.masked_fill(hold[..., None], 0.0)
+        b, c = B[..., k, None, :], C[..., k, None, :]
+        out, _ = recurrence(*(to_sequence(x, k) for x in (u, dt)), A[k], *(to_sequence(x, k) for x in (b, c)))
+        y = y + to_map(out, k, height, width)
+    return y.to(out_dtype)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`ssmamba_models.ops.selective_scan`; B and C are (batch, G, N, L). Always returns the last state."""
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    out_dtype, channels = u.dtype, u.shape[1]
+    u, delta, A, B, C = (x.to(dtype) for x in (u, delta, A, B, C))
+    dt = delta if delta_bias is None else delta + delta_bias.to(dtype)[:, None]
+    dt = F.softplus(dt) if delta_softplus else dt
+    # Group g serves channels g*D/G .. (g+1)*D/G - 1.
+    b, c = (x.repeat_interleave(channels // x.shape[1], 1).permute(0, 3, 1, 2) for x in (B, C))
+    y, state = recurrence(u.transpose(1, 2), dt.transpose(1, 2), A, b, c)
+    y = y.transpose(1, 2)
+    y = y if D is None else y + D.to(dtype)[:, None] * u
+    y = y if z is None else y * F.silu(z.to(dtype))
+    return y.to(out_dtype), state
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """See :func:`ssmamba_models.ops.causal_conv1d`."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    taps, length = weight.shape[1], x.shape[2]
+    padded = F.pad(x.to(dtype), (taps - 1, 0))
+    y = sum(weight[:, j, None].to(dtype) * padded[:, :, j : j + length] for j in range(taps))
+    y = y if bias is None else y + bias.to(dtype)[:, None]
+    y = F.silu(y) if activation == "silu" else y
+    return y.to(x.dtype)

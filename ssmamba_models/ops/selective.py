@@ -1,0 +1,178 @@
+"""selective_scan: Mamba's 1-D scan, as a function and as a registered torch operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ssmamba_models.ops import checks
+from ssmamba_models.ops.dispatch import select
+from ssmamba_models.ops.gradients import like_inputs, zeros_like_inputs
+
+OP = "selective_scan"
+_INPUTS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus"
+)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mamba's selective scan: signature, layout and meaning of mamba-ssm's `selective_scan_fn`, for real A.
+
+    ::
+
+        dt_t = delta_t + delta_bias, through softplus if delta_softplus
+        h_t  = exp(dt_t A) h_(t-1) + dt_t B_t u_t
+        y_t  = (C_t . h_t + D u_t) * silu(z_t)
+
+    The recurrence runs in float32 whatever the dtype (float64 for float64), also under autocast, which casts u,
+    delta, B, C and z alone.
+
+    Args:
+        u: (B, D, L), float32, bfloat16, float16 or float64.
+        delta: (B, D, L), dtype of u.
+        A: (D, N).
+        B: (B, N, L), or (B, G, N, L) with G dividing D: group g serves channels g*D/G to (g+1)*D/G - 1; or (D, N),
+            the same at all times. dtype of u.
+        C: like B.
+        D: (D,) skip weight.
+        z: (B, D, L) gate, dtype of u.
+        delta_bias: (D,).
+        delta_softplus: apply softplus to delta + delta_bias.
+        return_last_state: also return h after the last step; unlike mamba-ssm's, it is differentiable.
+
+    Returns:
+        y (B, D, L), dtype of u; with return_last_state also the state (B, D, N), float32 (or float64).
+
+    Raises:
+        TypeError: an argument is no tensor, is complex or not floating, or dtypes differ.
+        ValueError: a shape or device does not fit, or SSMAMBA_BACKEND forces a backend that cannot run.
+
+    Source: Gu and Dao, Mamba (arXiv:2312.00752), Algorithm 2.
+    """
+    checks.expect_tensors(OP, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    checks.expect_dims(OP, "u", u, "B, D, L")
+    checks.expect_dims(OP, "A", A, "D, N")
+    B, C = _grouped("B", B, u, A), _grouped("C", C, u, A)
+    _check(u, delta, A, B, C, D, z, delta_bias)
+    u, delta, B, C, z = checks.activations(OP, u, delta=delta, B=B, C=C, z=z)
+    A, D, delta_bias = checks.parameters(u, A, D, delta_bias)
+    y, state = torch.ops.ssmamba.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return (y, state) if return_last_state else y
+
+
+def _grouped(name: str, x: Tensor, u: Tensor, A: Tensor) -> Tensor:
+    """B or C as (B, G, N, L)."""
+    if x.dim() == 2:
+        checks.expect_shape(OP, name, x, "D, N", (u.shape[1], A.shape[1]))
+        return x.to(u.dtype)[None, :, :, None].expand(u.shape[0], -1, -1, u.shape[2])
+    if x.dim() == 3:
+        return x[:, None]
+    checks.expect_dims(OP, name, x, "B, G, N, L")
+    return x
+
+
+def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
+    batch, channels, length = u.shape
+    states = A.shape[1]
+    if states < 1:
+        raise ValueError(f"{OP}: A has shape {tuple(A.shape)}, expected at least one state (D, N >= 1)")
+    checks.expect_shape(OP, "A", A, "D, N", (channels, states))
+    checks.expect_shape(OP, "delta", delta, "B, D, L", (batch, channels, length))
+    checks.expect_shape(OP, "z", z, "B, D, L", (batch, channels, length))
+    for name, x in (("B", B), ("C", C)):
+        checks.expect_shape(OP, name, x, "B, G, N, L", (batch, x.shape[1], states, length))
+        if x.shape[1] < 1 or channels % x.shape[1]:
+            raise ValueError(
+                f"{OP}: {name} has {x.shape[1]} groups, expected a number that divides the {channels} channels of u"
+            )
+    if B.shape[1] != C.shape[1]:
+        raise ValueError(f"{OP}: B has {B.shape[1]} groups and C has {C.shape[1]}; expected the same number")
+    checks.expect_shape(OP, "D", D, "D,", (channels,))
+    checks.expect_shape(OP, "delta_bias", delta_bias, "D,", (channels,))
+
+
+def _state_dtype(u: Tensor) -> torch.dtype:
+    return torch.promote_types(u.dtype, torch.float32)
+
+
+@torch.library.custom_op("ssmamba::selective_scan", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
+def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    if u.numel() == 0:
+        return u.new_empty(u.shape), A.new_zeros(u.shape[0], *A.shape, dtype=_state_dtype(u))
+    backend = select(OP, u, A.shape[1])
+    return backend.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+
+
+@_forward.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    return u.new_empty(u.shape), A.new_empty(u.shape[0], *A.shape, dtype=_state_dtype(u))
+
+
+@torch.library.custom_op(
+    "ssmamba::selective_scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor? grad_state, {_INPUTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    if u.numel() == 0:
+        return zeros_like_inputs(inputs)
+    backend = select(OP, u, A.shape[1])
+    return like_inputs(
+        inputs,
+        backend.selective_scan_backward(grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus),
+    )
+
+
+@_backward.register_fake
+def _(grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    return zeros_like_inputs((u, delta, A, B, C, D, z, delta_bias))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.delta_softplus = inputs
+    ctx.save_for_backward(*tensors)
+    # The state is seldom used: no gradient for it should stay None, not become zeros.
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad, grad_state):
+    saved = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(saved[0])
+    grads = torch.ops.ssmamba.selective_scan_backward(grad, grad_state, *saved, ctx.delta_softplus)
+    return (*(None if x is None else g for x, g in zip(saved, grads)), None)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+# Per step, channel and state: dt*A, exp, a*h, dtu*b, two additions, c*h; per step and channel: step size, dt*u, D*u.
+
+
+@register_flop_formula(torch.ops.ssmamba.selective_scan)
+def selective_scan_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
+    """Floating point operations of one forward pass."""
+    batch, channels, length = u_shape
+    return batch * channels * length * (7 * A_shape[1] + 6)
+
+
+@register_flop_formula(torch.ops.ssmamba.selective_scan_backward)
+def selective_scan_backward_flops(
+    grad_shape, grad_state_shape, u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs
+) -> int:
+    """Floating point operations of one backward pass: the states again, and about twice as much for the gradients."""
+    return 3 * selective_scan_flops(u_shape, delta_shape, A_shape)
