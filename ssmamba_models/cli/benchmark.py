@@ -24,8 +24,8 @@ from ssmamba_models.benchmark.report import check_writable, write_json
 def command() -> None:
     """Measure the scans and the models on this machine.
 
-    All contenders take turns in one run, so that their ratios hold even where others use the machine too. Times
-    are medians; the JSON file holds every sample and describes the machine.
+    All contenders take turns in one run, so that their ratios hold even where others use the machine too.
+    Times are medians; the JSON file holds every sample and describes the machine.
     """
 
 
@@ -34,7 +34,7 @@ def _common_options(function: Callable) -> Callable:
     options = [
         click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to run."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]"),
-        click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Samples of each."),
+        click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Samples each."),
         click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all results here."),
     ]
     for option in reversed(options):
@@ -65,7 +65,7 @@ def _common_options(function: Callable) -> Callable:
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
 @click.option("--train", is_flag=True, help="Measure training steps instead of inference.")
-@click.option("--compile", "compiled", is_flag=True, help="Measure every model through torch.compile as well.")
+@click.option("--compile", "compiled", is_flag=True, help="Measure each through torch.compile too.")
 @click.option(
     "--layout",
     type=click.Choice(LAYOUTS),
