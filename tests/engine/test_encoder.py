@@ -1,0 +1,180 @@
+"""Encoders: any timm name, weights from where they are wanted, and errors that name the cure."""
+
+import warnings
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ssmamba_models.engine.encoder import RandomWeightsWarning, load_encoder, weights_sha256
+
+# A model of ours, which takes any size, and one with a position table.
+OURS, VIT = "test_ssmamba", "test_vit"
+
+pytestmark = pytest.mark.filterwarnings("ignore::ssmamba_models.engine.encoder.RandomWeightsWarning")
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(7)
+    return timm.create_model(VIT, num_classes=5)
+
+
+def test_an_encoder_turns_an_image_into_a_vector():
+    encoder = load_encoder(OURS)
+    images = encoder.transform(Image.new("RGB", (100, 80), "pink"))[None]
+    features = encoder.embed(images)
+    assert features.shape == (1, encoder.embed_dim)
+    assert features.dtype == torch.float32
+    assert not encoder.model.training
+
+
+def test_random_weights_are_announced_and_the_seed_makes_them():
+    with pytest.warns(RandomWeightsWarning, match="random weights of test_vit .*--checkpoint FILE"):
+        first = load_encoder(VIT, seed=1)
+    assert weights_sha256(first.model) == weights_sha256(load_encoder(VIT, seed=1).model)
+    assert weights_sha256(first.model) != weights_sha256(load_encoder(VIT, seed=2).model)
+
+
+def test_the_callers_random_numbers_are_left_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    load_encoder(VIT)
+    assert torch.rand(1) == expected
+
+
+@pytest.mark.parametrize("model", [OURS, VIT])
+def test_img_size(model):
+    encoder = load_encoder(model, img_size=64)
+    assert encoder.data_config["input_size"] == (3, 64, 64)
+    assert encoder.transform(Image.new("RGB", (100, 100))).shape == (3, 64, 64)
+    assert encoder.embed(torch.zeros(2, 3, 64, 64)).shape == (2, encoder.embed_dim)
+
+
+def test_bf16_is_close_to_float32():
+    images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    exact, coarse = (load_encoder(OURS, bf16=bf16, img_size=96).embed(images) for bf16 in (False, True))
+    assert coarse.dtype == torch.float32
+    assert not torch.equal(exact, coarse)
+    assert torch.nn.functional.cosine_similarity(exact, coarse).min() > 0.99
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_checkpoint_of_a_classifier_loads_without_its_head(classifier, tmp_path, suffix):
+    path = tmp_path / f"model.{suffix}"
+    if suffix == "pth":
+        torch.save({"state_dict": {f"module.{key}": value for key, value in classifier.state_dict().items()}}, path)
+    else:
+        save_file(classifier.state_dict(), path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RandomWeightsWarning)
+        encoder = load_encoder(VIT, checkpoint=path)
+    image = torch.randn(1, 3, 160, 160)
+    expected = classifier.eval().forward_head(classifier.forward_features(image), pre_logits=True)
+    assert torch.allclose(encoder.embed(image), expected, atol=1e-5)
+    provenance = encoder.provenance()
+    assert (provenance["weights"], provenance["checkpoint"]) == ("checkpoint", path.name)
+
+
+class TestBadCheckpoints:
+    def test_missing(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"no\.pth.*does not exist"):
+            load_encoder(VIT, checkpoint=tmp_path / "no.pth")
+
+    @pytest.mark.parametrize("name", ["m.pth", "m.safetensors"])
+    def test_not_a_weight_file(self, tmp_path, name):
+        (tmp_path / name).write_text("hello")
+        with pytest.raises(ValueError, match="not a safe weight file"):
+            load_encoder(VIT, checkpoint=tmp_path / name)
+
+    def test_code_in_a_checkpoint_is_not_run(self, tmp_path):
+        trap = tmp_path / "trap"
+
+        class Evil:
+            def __reduce__(self):
+                return open, (str(trap), "w")
+
+        torch.save({"state_dict": Evil()}, tmp_path / "m.pth")
+        with pytest.raises(ValueError, match="not a safe weight file"):
+            load_encoder(VIT, checkpoint=tmp_path / "m.pth")
+        assert not trap.exists()
+
+    def test_no_tensors(self, tmp_path):
+        torch.save({"epoch": 3}, tmp_path / "m.pth")
+        with pytest.raises(ValueError, match="no state dict"):
+            load_encoder(VIT, checkpoint=tmp_path / "m.pth")
+
+    def test_of_another_model(self, classifier, tmp_path):
+        torch.save(classifier.state_dict(), tmp_path / "m.pth")
+        with pytest.raises(ValueError, match=r"does not fit.*missing.*unexpected"):
+            load_encoder("test_resnet", checkpoint=tmp_path / "m.pth")
+
+    def test_of_another_width(self, classifier, tmp_path):
+        state = classifier.state_dict()
+        state["norm.weight"] = torch.ones(3)
+        torch.save(state, tmp_path / "m.pth")
+        with pytest.raises(ValueError, match=r"of another shape \(first: norm.weight\)"):
+            load_encoder(VIT, checkpoint=tmp_path / "m.pth")
+
+
+def test_unknown_model_names_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown model 'resnet1'.*did you mean.*resnet"):
+        load_encoder("resnet1")
+
+
+def test_unknown_tag_names_those_that_exist():
+    with pytest.raises(ValueError, match=r"unknown weights 'resnet18.nope'.*resnet18.a1_in1k"):
+        load_encoder("resnet18.nope")
+
+
+def test_no_published_weights():
+    with pytest.raises(ValueError, match=r"has no published weights.*--checkpoint"):
+        load_encoder(OURS, pretrained=True)
+
+
+def test_weights_that_cannot_be_fetched(monkeypatch):
+    def unreachable(*arguments, **options):
+        raise ConnectionError("no route to host\nmore lines")
+
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", unreachable)
+    with pytest.raises(OSError, match=r"test_vit cannot be loaded \(no route to host\).*doctor"):
+        load_encoder(VIT, pretrained=True)
+
+
+def test_two_sources_of_weights():
+    with pytest.raises(ValueError, match="exclude each other"):
+        load_encoder(VIT, pretrained=True, checkpoint="m.pth")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_unusable_device(device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used.*--device cpu"):
+        load_encoder(VIT, device=device)
+
+
+def test_an_impossible_size_is_found_before_the_run():
+    with pytest.raises(ValueError, match=r"test_vit cannot take images of 100 x 100 px.*--img-size"):
+        load_encoder(VIT, img_size=100)
+
+
+def test_the_hash_sees_names_values_shapes_and_types():
+    def digest(**tensors):
+        module = torch.nn.Module()
+        for name, tensor in tensors.items():
+            module.register_buffer(name, tensor)
+        return weights_sha256(module)
+
+    base = digest(a=torch.zeros(4), b=torch.ones(2))
+    assert base == digest(b=torch.ones(2), a=torch.zeros(4))
+    assert base == digest(a=torch.zeros(8)[::2], b=torch.ones(2))
+    others = [
+        digest(a=torch.zeros(4), c=torch.ones(2)),
+        digest(a=torch.zeros(2, 2), b=torch.ones(2)),
+        digest(a=torch.zeros(4, dtype=torch.int32), b=torch.ones(2)),
+        digest(a=torch.zeros(4), b=torch.ones(2) * 2),
+        digest(a=torch.zeros(4).bfloat16(), b=torch.ones(2)),
+    ]
+    assert len({base, *others}) == 6
