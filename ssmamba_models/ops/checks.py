@@ -45,7 +45,8 @@ def activations(op: str, u: Tensor, **others: Tensor | None) -> tuple[Tensor | N
         TypeError: they differ and autocast is off.
     """
     device = u.device.type
-    if u.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    has_autocast = torch.amp.is_autocast_available(device)  # the meta device, for one, has not
+    if u.dtype != torch.float64 and has_autocast and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         return tuple(None if x is None else x.to(dtype) for x in (u, *others.values()))
     for name, x in others.items():

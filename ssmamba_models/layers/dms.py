@@ -1,0 +1,157 @@
+"""DMS, Directional Multi-scale module: a map scanned in four directions at one or more scales."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm, register_notrace_function, trunc_normal_
+from torch import Tensor, nn
+
+from ssmamba_models.ops import directional_scan
+
+# One node for torch.fx: what it checks and chooses depends on the tensors.
+register_notrace_function(directional_scan)
+
+DIRECTIONS = 4
+
+
+def pool_hold(hold: Tensor, scale: int) -> Tensor:
+    """Coarsen a hold mask: a pooled token is held where all of its tokens are.
+
+    Shape: (B, H, W) bool -> (B, ceil(H / scale), ceil(W / scale)) bool.
+    """
+    free = F.max_pool2d((~hold)[:, None].float(), scale, ceil_mode=True)
+    return free[:, 0] == 0
+
+
+class DirectionalSSM(nn.Module):
+    """The selective scan of one scale: pool, project, scan in four directions, sum, upsample.
+
+    With V the input at 1/scale of its resolution, width D::
+
+        [r, b_1..4, c_1..4] = V W_x
+        delta_k = softplus(r W_delta + tau_k)
+        h_t = exp(delta_t A_k) h_(t-1) + delta_t (b_(k,t) + beta_k) V_t,   A_k = -exp(alpha_k)
+        Y = d * V + sum_k c_k . h
+
+    Args:
+        dim: D, the width of this scale.
+        dt_rank: rank of W_delta.
+        d_state: N, the states of each channel.
+        scale: 1, or the factor by which the map is average-pooled before the scan.
+
+    Shape: (B, H, W, D) and a hold mask (B, H, W) or None -> (B, H, W, D).
+
+    Source: SSMamba (arXiv:2604.15711), DMS, as this project reads it; scan and parameters as VMamba v05
+    (arXiv:2401.10166), scales as MSVMamba (arXiv:2405.14174).
+    """
+
+    def __init__(self, dim: int, dt_rank: int, d_state: int = 1, scale: int = 1, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.scale, self.d_state, self.dt_rank = scale, d_state, dt_rank
+        self.directions = DIRECTIONS
+        self.x_proj = nn.Linear(dim, dt_rank + 2 * DIRECTIONS * d_state, bias=False, **dd)
+        self.dt_proj = nn.Linear(dt_rank, dim, bias=False, **dd)
+        self.dt_bias = nn.Parameter(torch.empty(DIRECTIONS, dim, **dd))  # tau
+        self.A_log = nn.Parameter(torch.empty(DIRECTIONS, dim, d_state, **dd))  # alpha
+        self.B_bias = nn.Parameter(torch.empty(DIRECTIONS, d_state, **dd))  # beta
+        self.D = nn.Parameter(torch.empty(dim, **dd))  # d
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """softplus(tau) log-uniform in [1e-3, 0.1]; alpha log(1..N), which is 0 for one state; beta 0; d 1."""
+        trunc_normal_(self.x_proj.weight, std=0.02)
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        dt = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(0.1)).exp()
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        states = torch.arange(1, self.d_state + 1, device=self.A_log.device, dtype=torch.float32)
+        self.A_log.copy_(states.log().expand_as(self.A_log))
+        nn.init.zeros_(self.B_bias)
+        nn.init.ones_(self.D)
+
+    def forward(self, x: Tensor, hold: Tensor | None = None) -> Tensor:
+        height, width = x.shape[1], x.shape[2]
+        if self.scale > 1:
+            pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), self.scale, ceil_mode=True, count_include_pad=False)
+            v = pooled.permute(0, 2, 3, 1)
+            if hold is not None:
+                hold = pool_hold(hold, self.scale)
+        else:
+            v = x
+        states = self.directions * self.d_state
+        r, b, c = torch.split(self.x_proj(v), [self.dt_rank, states, states], dim=-1)
+        b, c = b.unflatten(-1, (self.directions, self.d_state)), c.unflatten(-1, (self.directions, self.d_state))
+        delta = self.dt_proj(r)
+        b = b + self.B_bias.to(b.dtype)
+        A = -torch.exp(self.A_log.float())
+        if torch.jit.is_scripting():
+            y = torch.ops.ssmamba.directional_scan(v, delta, A, b, c, self.D.float(), self.dt_bias.float(), hold)
+        else:
+            y = directional_scan(v, delta, A, b, c, self.D, self.dt_bias, hold)
+        if self.scale > 1:
+            y = F.interpolate(y.permute(0, 3, 1, 2), size=(height, width), mode="bilinear", align_corners=False)
+            y = y.permute(0, 2, 3, 1)
+        return y
+
+
+class DMS(nn.Module):
+    """Directional Multi-scale module.
+
+    ``u = SiLU(DWConv3x3(x W_in))``; the channels of u are split among the scales, each is scanned by a
+    :class:`DirectionalSSM`; ``DMS(x) = LN([Y_1; Y_2; ...]) W_out``.
+
+    Args:
+        dim: width C.
+        scales: pooling factor of each scale; (1, 2) scans half of the channels at full and half at half resolution.
+        d_state: states per channel N.
+        dt_rank: rank of the step size projection; default max(4, ceil(C / 16)).
+
+    Shape: (B, H, W, C) and a hold mask (B, H, W) or None -> (B, H, W, C).
+
+    Raises:
+        ValueError: fewer channels than scales, or a scale or d_state below 1.
+
+    Source: SSMamba (arXiv:2604.15711), DMS, as this project reads it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        scales: tuple[int, ...] = (1, 2),
+        d_state: int = 1,
+        dt_rank: int | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if not scales or min(scales) < 1 or len(scales) > dim:
+            raise ValueError(f"DMS: scales is {scales}, expected 1 to {dim} factors (dim is {dim}), each at least 1")
+        if d_state < 1:
+            raise ValueError(f"DMS: d_state is {d_state}, expected at least 1")
+        dd = {"device": device, "dtype": dtype}
+        dt_rank = dt_rank or max(4, math.ceil(dim / 16))
+        self.widths = [dim // len(scales)] * len(scales)
+        self.widths[-1] += dim - sum(self.widths)
+        self.in_proj = nn.Linear(dim, dim, bias=False, **dd)
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
+        self.act = nn.SiLU()
+        self.scans = nn.ModuleList(
+            DirectionalSSM(width, dt_rank, d_state, scale, **dd) for width, scale in zip(self.widths, scales)
+        )
+        self.norm = LayerNorm(dim, **dd)
+        self.out_proj = nn.Linear(dim, dim, bias=False, **dd)
+        trunc_normal_(self.in_proj.weight, std=0.02)
+        trunc_normal_(self.out_proj.weight, std=0.02)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: Tensor, hold: Tensor | None = None) -> Tensor:
+        u = self.conv(self.in_proj(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        parts = torch.split(self.act(u), self.widths, dim=-1)
+        out: list[Tensor] = []
+        for i, scan in enumerate(self.scans):
+            out.append(scan(parts[i], hold))
+        return self.out_proj(self.norm(torch.cat(out, dim=-1)))
