@@ -23,7 +23,13 @@ from ssmamba_models.evaluation.token_map import draw_token_map, token_grid
 @click.option("--model", default="ssmamba_small", show_default=True, help="Ours, or any timm name.")
 @click.option("--pretrained", is_flag=True, help="Use the model's published weights.")
 @click.option("--checkpoint", type=click.Path(), help="Use the weights of this .safetensors or .pth file.")
-@click.option("--img-size", default=512, show_default=True, help="Side of the input in pixels.")
+@click.option(
+    "--img-size",
+    type=click.IntRange(min=16),
+    default=512,
+    show_default=True,
+    help="Side of the input in pixels.",
+)
 @click.option("--point", type=int, nargs=2, help="X Y of the marked token in the input. Default: the centre.")
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
 def command(
@@ -43,9 +49,7 @@ def command(
     _check_picture(out)
     source = _read(image) if image else synthetic_he(img_size, seed=4)
     with plain_warnings():
-        encoder = load_encoder(
-            model, pretrained=pretrained, checkpoint=checkpoint, device=device, img_size=img_size
-        )
+        encoder = load_encoder(model, pretrained=pretrained, checkpoint=checkpoint, device=device, img_size=img_size)
     images = encoder.transform(source)[None]
     features, seconds = _timed_embed(encoder, images)
     tokens = token_grid(encoder.model, images.to(encoder.device))[0]

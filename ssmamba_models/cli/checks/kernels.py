@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 from ssmamba_models.cli.checks.finding import Finding
@@ -25,12 +26,14 @@ def check_kernels(process: subprocess.Popen) -> list[Finding]:
     probe = finish_probe(process)
     if probe.failure or not probe.facts:
         text = f"cannot be asked: {probe.failure or 'no answer'}"
-        return [Finding(_SUBJECT, "backends", "problem", text, "see the first problem under packages")]
+        forced = "SSMAMBA_BACKEND" in os.environ
+        cure = "unset SSMAMBA_BACKEND" if forced else "see the first problem under packages"
+        return [Finding(_SUBJECT, "backends", "problem", text, cure)]
     state = probe.facts[-1]
     return [
         *_forced(state),
         *(_backend(name, facts) for name, facts in state["backends"].items()),
-        *(_operator(name, chosen) for name, chosen in state["operators"].items()),
+        *(_operator(name, chosen, state) for name, chosen in state["operators"].items()),
     ]
 
 
@@ -38,12 +41,11 @@ def _forced(state: dict) -> list[Finding]:
     name = state["forced"]
     if not name:
         return []
-    facts = state["backends"].get(name)
     text = f"SSMAMBA_BACKEND={name} decides, not the machine"
-    if facts is None or not facts["available"]:
-        why = "there is no such backend" if facts is None else facts["reason"]
-        cure = "unset SSMAMBA_BACKEND"
-        return [Finding(_SUBJECT, "forced", "problem", f"SSMAMBA_BACKEND={name}, but {why}", cure)]
+    facts = state["backends"][name]
+    if not facts["available"]:
+        text = f"SSMAMBA_BACKEND={name}, but that is not available: {facts['reason']}"
+        return [Finding(_SUBJECT, "forced", "problem", text, "unset SSMAMBA_BACKEND")]
     return [Finding(_SUBJECT, "forced", "warning", text, "unset SSMAMBA_BACKEND to let the fastest run")]
 
 
@@ -55,8 +57,9 @@ def _backend(name: str, facts: dict) -> Finding:
     return Finding(_SUBJECT, name, status, f"not available: {facts['reason']}", facts["cure"])
 
 
-def _operator(name: str, chosen: dict) -> Finding:
-    text = ", ".join(f"{device}: {backend}" for device, backend in chosen.items() if backend)
-    if not text:
-        return Finding(_SUBJECT, name, "problem", "no backend can run it", "reinstall ssmamba-models")
+def _operator(name: str, chosen: dict, state: dict) -> Finding:
+    text = ", ".join(f"{device}: {backend}" for device, backend in chosen.items())
+    if any(backend not in state["backends"] for backend in chosen.values()):
+        cure = "unset SSMAMBA_BACKEND" if state["forced"] else "reinstall ssmamba-models"
+        return Finding(_SUBJECT, name, "problem", text, cure)
     return Finding(_SUBJECT, name, "ok", text)

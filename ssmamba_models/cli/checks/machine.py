@@ -35,9 +35,7 @@ def check_machine(process: subprocess.Popen) -> list[Finding]:
     """Describe the machine, with what `start_torch_facts` began."""
     findings = [
         Finding(_SUBJECT, "system", "ok", platform.platform()),
-        Finding(
-            _SUBJECT, "processor", "ok", f"{_processor()}, {_usable_cores()} of {os.cpu_count()} cores usable"
-        ),
+        Finding(_SUBJECT, "processor", "ok", f"{_processor()}, {_usable_cores()} of {os.cpu_count()} cores usable"),
         *_shared_memory(),
     ]
     probe = finish_probe(process)
@@ -85,11 +83,7 @@ def _devices(facts: dict) -> Finding:
         bf16 = "bfloat16" if facts["bf16"] else "no bfloat16"
         return Finding(_SUBJECT, "devices", "ok", f"cpu, cuda: {', '.join(facts['devices'])} ({bf16})")
     if os.path.exists("/dev/nvidia0"):
-        cause = (
-            f"torch is built for CUDA {facts['built_for']}" if facts["built_for"] else "torch is a CPU build"
-        )
+        cause = f"torch is built for CUDA {facts['built_for']}" if facts["built_for"] else "torch is a CPU build"
         cure = "install a torch for the CUDA version that nvidia-smi names: see pytorch.org/get-started"
-        return Finding(
-            _SUBJECT, "devices", "warning", f"an NVIDIA GPU is there, torch cannot use it ({cause})", cure
-        )
+        return Finding(_SUBJECT, "devices", "warning", f"an NVIDIA GPU is there, torch cannot use it ({cause})", cure)
     return Finding(_SUBJECT, "devices", "ok", "cpu (no GPU seen)")

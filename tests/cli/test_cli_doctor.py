@@ -1,0 +1,272 @@
+"""`ssmamba doctor`: finds what is broken, even where torch or timm does not import, and names the cure."""
+
+import json
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from ssmamba_models.cli.checks import hub, kernels, machine, packages
+from ssmamba_models.cli.checks.probe import finish_probe, start_probe
+
+
+def by_name(findings):
+    return {finding.name: finding for finding in findings}
+
+
+class TestTheCommand:
+    @pytest.fixture(scope="class")
+    def report(self):
+        code = "from ssmamba_models.cli.main import main; main()"
+        run = subprocess.run([sys.executable, "-c", code, "doctor", "--json"], capture_output=True, text=True)
+        return run.returncode, json.loads(run.stdout)
+
+    def test_this_installation_is_sound(self, report):
+        returncode, facts = report
+        broken = [finding for finding in facts["findings"] if finding["status"] == "problem"]
+        assert (returncode, facts["problems"], broken) == (0, 0, [])
+
+    def test_it_looks_at_everything(self, report):
+        names = {(finding["subject"], finding["name"]) for finding in report[1]["findings"]}
+        assert {
+            ("packages", "python"),
+            ("packages", "torch"),
+            ("packages", "timm"),
+            ("packages", "torch + torchvision"),
+            ("packages", "h5py"),
+            ("packages", "triton"),
+            ("machine", "processor"),
+            ("machine", "threads"),
+            ("machine", "devices"),
+            ("kernels", "directional_scan"),
+            ("hub", "cache"),
+            ("hub", "token"),
+        } <= names
+
+    def test_every_problem_and_warning_has_a_cure(self, report):
+        for finding in report[1]["findings"]:
+            assert finding["status"] == "ok" or finding["cure"], finding
+
+
+def test_a_broken_torchvision_is_named_and_the_doctor_survives(tmp_path, monkeypatch):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    code = "from ssmamba_models.cli.main import main; main()"
+    run = subprocess.run(
+        [sys.executable, "-c", code, "doctor"], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert run.returncode == 1, run.stderr
+    lines = run.stdout.splitlines()
+    (at,) = [index for index, line in enumerate(lines) if "torchvision::nms does not exist" in line]
+    assert "problem" in lines[at]
+    assert "--force-reinstall torch torchvision" in lines[at + 1]
+    assert any("timm" in line and "after torchvision failed" in line for line in lines)
+
+
+class TestPackages:
+    def judge(self, monkeypatch, core, optional=(), failure=""):
+        probes = iter([packages.Probe(list(core), failure), packages.Probe(list(optional), failure)])
+        monkeypatch.setattr(packages, "finish_probe", lambda process: next(probes))
+        return by_name(packages.check_packages((None, None)))
+
+    def good(self, **versions):
+        return [{"name": name, "version": versions.get(name, "9.9.9")} for name in packages.CORE]
+
+    def test_missing(self, monkeypatch):
+        core = [fact for fact in self.good() if fact["name"] != "timm"]
+        core.append({"name": "timm", "missing": True, "error": "No module named 'timm'"})
+        found = self.judge(monkeypatch, core)["timm"]
+        assert (found.status, found.cure) == ("problem", "pip install timm")
+
+    def test_too_old(self, monkeypatch):
+        found = self.judge(monkeypatch, self.good(timm="1.0.9", torch="2.6.0+cpu"))
+        assert (found["timm"].status, found["torch"].status) == ("problem", "ok")
+        assert 'pip install --upgrade "timm>=1.0.20"' in found["timm"].cure
+
+    def test_a_crash_is_put_at_the_package_that_crashed(self, monkeypatch):
+        before = self.good()[: packages.CORE.index("torch")]
+        found = self.judge(monkeypatch, before, failure="crashed with signal 11")
+        assert found["numpy"].status == "ok"
+        assert found["torch"].text == "crashed with signal 11"
+        assert "after torch failed" in found["timm"].text
+
+    def test_a_missing_optional_package_is_no_fault(self, monkeypatch):
+        optional = [{"name": "h5py", "missing": True, "error": "No module named 'h5py'"}]
+        found = self.judge(monkeypatch, self.good(), optional)["h5py"]
+        assert (found.status, found.cure) == ("ok", 'pip install "ssmamba-models[wsi]"')
+
+    def test_a_broken_optional_package_is_a_warning(self, monkeypatch):
+        error = "OSError: libopenslide.so.1: cannot open shared object file"
+        found = self.judge(monkeypatch, self.good(), [{"name": "openslide", "missing": False, "error": error}])
+        assert found["openslide"].status == "warning"
+        assert "libopenslide" in found["openslide"].text
+
+    @pytest.mark.parametrize(
+        ("torch", "vision", "pin", "status"),
+        [
+            ("2.6.0+cpu", "0.21.0+cpu", "torch==2.6.0", "ok"),
+            ("2.6.0", "0.21.0+cpu", "torch==2.6.0", "ok"),
+            ("2.7.0", "0.21.0", "torch==2.6.0", "problem"),
+            ("2.6.0+cpu", "0.21.0+cu124", "torch==2.6.0", "problem"),
+        ],
+    )
+    def test_torch_and_torchvision_as_a_pair(self, monkeypatch, torch, vision, pin, status):
+        versions = {"torch": torch, "torchvision": vision}
+        monkeypatch.setattr(packages, "_installed_version", lambda name: versions.get(name, ""))
+        monkeypatch.setattr(packages, "_requirements", lambda name: ["numpy", pin])
+        found = self.judge(monkeypatch, self.good())["torch + torchvision"]
+        assert found.status == status
+        assert status == "ok" or "install both from one place" in found.cure
+
+    def test_the_minimum_is_that_of_setup_cfg(self):
+        text = (Path(__file__).parents[2] / "setup.cfg").read_text()
+        for name, numbers in packages.MINIMUM.items():
+            assert f"{name}>={'.'.join(map(str, numbers))}" in text
+
+
+KERNELS = {
+    "forced": None,
+    "backends": {
+        "torch": {"available": True, "devices": ["cpu", "cuda"], "reason": "", "cure": ""},
+        "c": {"available": False, "devices": ["cpu"], "reason": "not compiled", "cure": "install gcc"},
+        "triton": {"available": False, "devices": ["cuda"], "reason": "no GPU", "cure": ""},
+    },
+    "operators": {"directional_scan": {"cpu": "torch", "cuda": "triton"}},
+}
+TORCH_FACTS = {"threads": 1, "built_for": "", "devices": [], "bf16": False}
+
+
+class TestKernels:
+    def judge(self, monkeypatch, **changes):
+        probe = packages.Probe([{**KERNELS, **changes}], "")
+        monkeypatch.setattr(kernels, "finish_probe", lambda process: probe)
+        return by_name(kernels.check_kernels(None))
+
+    def test_a_backend_is_a_warning_where_there_is_a_cure(self, monkeypatch):
+        found = self.judge(monkeypatch)
+        assert {name: finding.status for name, finding in found.items()} == {
+            "torch": "ok",
+            "c": "warning",
+            "triton": "ok",
+            "directional_scan": "ok",
+        }
+        assert found["c"].cure == "install gcc"
+        assert found["directional_scan"].text == "cpu: torch, cuda: triton"
+
+    @pytest.mark.parametrize(("forced", "status"), [("torch", "warning"), ("c", "problem")])
+    def test_forced(self, monkeypatch, forced, status):
+        found = self.judge(monkeypatch, forced=forced)["forced"]
+        assert found.status == status
+        assert "unset SSMAMBA_BACKEND" in found.cure
+
+    def test_an_operator_that_the_forced_backend_lacks(self, monkeypatch):
+        operators = {"causal_conv1d": {"cpu": "none: it cannot"}}
+        found = self.judge(monkeypatch, forced="torch", operators=operators)["causal_conv1d"]
+        assert (found.status, found.cure) == ("problem", "unset SSMAMBA_BACKEND")
+
+    def test_an_unknown_backend_is_named(self, monkeypatch):
+        monkeypatch.setenv("SSMAMBA_BACKEND", "nonsense")
+        (found,) = kernels.check_kernels(kernels.start_backends())
+        assert found.status == "problem"
+        assert "nonsense" in found.text
+        assert found.cure == "unset SSMAMBA_BACKEND"
+
+    def test_no_answer(self, monkeypatch):
+        monkeypatch.setattr(kernels, "finish_probe", lambda process: packages.Probe([], "ImportError: x"))
+        (found,) = kernels.check_kernels(None)
+        assert found.status == "problem"
+        assert "ImportError: x" in found.text
+
+
+class TestMachine:
+    def judge(self, monkeypatch, failure="", **changes):
+        probe = packages.Probe([{**TORCH_FACTS, **changes}], failure)
+        monkeypatch.setattr(machine, "finish_probe", lambda process: probe)
+        return by_name(machine.check_machine(None))
+
+    def test_more_threads_than_cores(self, monkeypatch):
+        monkeypatch.setattr(machine, "_usable_cores", lambda: 2)
+        found = self.judge(monkeypatch, threads=64)["threads"]
+        assert (found.status, found.cure) == ("warning", "export OMP_NUM_THREADS=2")
+
+    def test_devices(self, monkeypatch):
+        found = self.judge(monkeypatch, devices=["NVIDIA H200"], bf16=True)["devices"]
+        assert found.text == "cpu, cuda: NVIDIA H200 (bfloat16)"
+
+    def test_little_shared_memory(self, monkeypatch):
+        usage = namedtuple("usage", "total used free")(64 << 20, 0, 64 << 20)
+        monkeypatch.setattr(machine.os.path, "isdir", lambda path: True)
+        monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage)
+        found = self.judge(monkeypatch)["shared memory"]
+        assert found.status == "warning"
+        assert "--shm-size" in found.cure
+
+    def test_torch_broken(self, monkeypatch):
+        assert self.judge(monkeypatch, failure="ImportError: x")["devices"].status == "problem"
+
+
+class TestHub:
+    @pytest.fixture(autouse=True)
+    def clean(self, monkeypatch, tmp_path):
+        for name in (
+            *("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_TOKEN"),
+            *("HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"),
+        ):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+
+    def test_plain(self, tmp_path):
+        found = by_name(hub.check_hub())
+        assert str(tmp_path / "hf" / "hub") in found["cache"].text
+        assert "will be made" in found["cache"].text
+        assert found["token"].text.startswith("none")
+        assert not (tmp_path / "hf").exists()
+
+    @pytest.mark.parametrize("place", ["environment", "file"])
+    def test_the_token_is_never_shown(self, monkeypatch, tmp_path, place):
+        if place == "environment":
+            monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        else:
+            (tmp_path / "hf").mkdir()
+            (tmp_path / "hf" / "token").write_text("hf_secret")
+        findings = hub.check_hub()
+        assert by_name(findings)["token"].text.startswith("present")
+        assert "secret" not in repr(findings)
+
+    def test_offline(self, monkeypatch):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert by_name(hub.check_hub())["offline"].status == "warning"
+
+    def test_endpoint(self, monkeypatch):
+        monkeypatch.setenv("HF_ENDPOINT", "hf-mirror.com")
+        assert by_name(hub.check_hub())["endpoint"].status == "problem"
+
+    def test_a_file_in_place_of_the_cache(self, monkeypatch, tmp_path):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+        found = by_name(hub.check_hub())["cache"]
+        assert found.status == "problem"
+        assert "HF_HOME" in found.cure
+
+    def test_a_cache_that_is_not_writable(self, monkeypatch):
+        monkeypatch.setattr(hub.os, "access", lambda path, mode: False)
+        assert "not writable" in by_name(hub.check_hub())["cache"].text
+
+
+class TestProbe:
+    def test_facts_among_other_output(self):
+        probe = finish_probe(start_probe("print('noise'); report(a=1); report(b=sys.argv[1])", "x"))
+        assert probe == packages.Probe([{"a": 1}, {"b": "x"}], "")
+
+    def test_a_crash_keeps_what_was_said_before(self):
+        code = "import os; report(a=1); os.kill(os.getpid(), 9)"
+        assert finish_probe(start_probe(code)) == packages.Probe([{"a": 1}], "crashed with signal 9")
+
+    def test_an_exception(self):
+        assert finish_probe(start_probe("raise ValueError('why')")).failure == "ValueError: why"
+
+    def test_one_that_hangs(self):
+        probe = finish_probe(start_probe("report(a=1)\nimport time; time.sleep(60)"), timeout=1)
+        assert probe == packages.Probe([{"a": 1}], "no answer within 1 s")
