@@ -12,7 +12,7 @@ import torch
 from ssmamba_models.benchmark.machine import describe_machine, machine_line, require_device
 from ssmamba_models.benchmark.memory import measure_peak_mib
 from ssmamba_models.benchmark.model_step import ModelStep, StepSpec
-from ssmamba_models.benchmark.report import format_table
+from ssmamba_models.benchmark.report import format_table, optional_number
 from ssmamba_models.benchmark.timing import Timing, best_of, speedup, thread_count, time_interleaved
 
 DEFAULT_MODEL = "ssmamba_small"
@@ -172,9 +172,7 @@ def _choose_layouts(plan: ModelsPlan, threads: int, progress: Progress) -> list[
     size = min(plan.sizes)
     specs = []
     for name in (plan.model, *plan.peers):
-        spec = StepSpec(
-            name, size, plan.batch_for(size), plan.device, plan.dtype, plan.train, threads=threads
-        )
+        spec = StepSpec(name, size, plan.batch_for(size), plan.device, plan.dtype, plan.train, threads=threads)
         if plan.layout == "auto":
             progress(f"{name}: choosing a layout")
             spec = _faster_layout(spec)
@@ -194,9 +192,7 @@ def _faster_layout(spec: StepSpec) -> StepSpec:
         return spec  # it cannot take this size; its row will say why
 
 
-def _measure_size(
-    plan: ModelsPlan, size: int, specs: Sequence[StepSpec], progress: Progress
-) -> list[Entry]:
+def _measure_size(plan: ModelsPlan, size: int, specs: Sequence[StepSpec], progress: Progress) -> list[Entry]:
     entries = [Entry(replace(spec, size=size, batch_size=plan.batch_for(size))) for spec in specs]
     for entry in entries:
         progress(f"{entry.label} at {size} px: preparing")
@@ -284,15 +280,11 @@ def _table_row(row: dict) -> tuple[str, ...]:
     return (
         *start,
         f"{row['images_per_s']:.2f}",
-        f"{(upper - lower) / 2 / row['median_ms']:.1%}".rstrip("%"),
-        _number(row["peak_mib"], ".0f"),
+        f"{(upper - lower) / 2 / row['median_ms'] * 100:.1f}",
+        optional_number(row["peak_mib"], ".0f"),
         f"{row['parameters_m']:.2f}",
         f"{row['gmacs']:.2f}",
         f"{row['ns_per_pixel']:.0f}",
-        _number(row["ns_per_pixel_over_512"], ".2f"),
-        _number(row["ours_over_peer"], ".2f"),
+        optional_number(row["ns_per_pixel_over_512"], ".2f"),
+        optional_number(row["ours_over_peer"], ".2f"),
     )
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
+
+from ssmamba_models.data.output import whole_file
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -30,28 +31,17 @@ def _format_row(row: Sequence[str], widths: Sequence[int], left: int) -> str:
     return "  ".join(cells).rstrip()
 
 
-def check_writable(path: str | os.PathLike) -> None:
-    """Find out before a long run, not after it, that its report has nowhere to go.
-
-    Raises:
-        OSError: if `path` is a folder, or its folder does not exist or takes no files.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; name a file in it, such as {path / 'benchmark.json'}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder {path.parent} does not exist; create it, or write elsewhere")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"the folder {path.parent} cannot be written to; write elsewhere")
+def optional_number(value: float | None, spec: str) -> str:
+    """`value` formatted by `spec`, or a dash where there is none."""
+    return "-" if value is None else format(value, spec)
 
 
 def write_json(path: str | os.PathLike, report: dict) -> None:
-    """Write `report` whole or not at all: into a temporary file beside `path`, which then takes its name."""
-    check_writable(path)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write `report` whole or not at all, in place of a file that has the name.
+
+    Raises:
+        OSError: if it cannot be written there.
+    """
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    with whole_file(path, overwrite=True) as part:
+        part.write_text(text, encoding="utf-8")

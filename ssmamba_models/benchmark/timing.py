@@ -51,12 +51,6 @@ class Timing:
         lower, _, upper = statistics.quantiles(self.samples_ms, n=4, method="inclusive")
         return lower, upper
 
-    @property
-    def spread(self) -> float:
-        """Half the distance between the quartiles, as a share of the median: 0.03 is "give or take 3 %"."""
-        lower, upper = self.quartiles_ms
-        return (upper - lower) / 2 / self.median_ms
-
     def as_dict(self) -> dict:
         """For a JSON report; times in milliseconds per call."""
         return {

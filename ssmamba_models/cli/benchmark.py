@@ -17,7 +17,11 @@ from ssmamba_models.benchmark.models import (
     format_models,
     run_models,
 )
-from ssmamba_models.benchmark.report import check_writable, write_json
+from ssmamba_models.benchmark.op_cases import OPS
+from ssmamba_models.benchmark.ops import DTYPES as OP_DTYPES
+from ssmamba_models.benchmark.ops import OpsPlan, format_ops, run_ops
+from ssmamba_models.benchmark.report import write_json
+from ssmamba_models.data.output import check_output
 
 
 @click.group()
@@ -40,6 +44,35 @@ def _common_options(function: Callable) -> Callable:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+@command.command("ops")
+@click.option("--op", "ops", multiple=True, type=click.Choice(OPS), help="Measure this operator; repeatable.")
+@click.option("--backend", "backends", multiple=True, help="Measure this backend; repeatable.  [default: all]")
+@click.option("--dtype", type=click.Choice(tuple(OP_DTYPES)), default="float32", show_default=True)
+@click.option("--budget", default=60.0, show_default=True, help="Seconds per case before rounds are cut.")
+@_common_options
+def ops(
+    ops: tuple[str, ...],
+    backends: tuple[str, ...],
+    dtype: str,
+    budget: float,
+    device: str,
+    threads: int | None,
+    rounds: int,
+    json_path: Path | None,
+) -> None:
+    """Every backend of the scans against their naive definition: speed and error."""
+    plan = OpsPlan(
+        ops=ops or None,
+        backends=backends or None,
+        device=device,
+        dtype=dtype,
+        rounds=rounds,
+        threads=threads,
+        budget_s=budget,
+    )
+    _run(run_ops, plan, format_ops, json_path)
 
 
 @command.command("models")
@@ -114,7 +147,7 @@ def models(
 def _run(measure: Callable, plan: object, show: Callable[[dict], str], json_path: Path | None) -> None:
     """Measure, print and write; progress goes to stderr, so that the table can be piped."""
     if json_path is not None:
-        check_writable(json_path)
+        check_output(json_path, overwrite=True)
     report = measure(plan, progress=lambda line: click.echo(line, err=True))
     click.echo(show(report))
     if json_path is not None:
