@@ -32,6 +32,14 @@ typedef struct {
   const float *bias;           /* [16] */
 } Walk;
 
+/* y[p] += C_p . h */
+INLINE void emit(const Walk *w, const int states, ptrdiff_t p, const float *h, float *y) {
+  const float *c = w->c + p * w->pixel_stride;
+  float sum[LANES] = {0};
+  for (int n = 0; n < states; n++) LANEWISE sum[i] += h[n * LANES + i] * c[n * w->state_stride];
+  LANEWISE y[p * LANES + i] += sum[i];
+}
+
 /* y += C h along `steps` pixels order[0], order[direction], ...; h goes in and out. y is NULL when only the state is
  * wanted. states, soft and y are compile-time constants wherever speed matters. */
 INLINE void walk_forward(const Walk *w, const int states, const int soft, const int32_t *order, const int direction,
@@ -44,12 +52,15 @@ INLINE void walk_forward(const Walk *w, const int states, const int soft, const 
     const ptrdiff_t p = *order, at = p * LANES;
     const float *b = w->b + p * w->pixel_stride, *c = w->c + p * w->pixel_stride;
     const float *u = w->u + at, *delta = w->delta + at;
-    const float open = w->hold && w->hold[p] ? 0.0f : 1.0f;
+    if (w->hold && w->hold[p]) { /* dt = 0: the state passes */
+      if (y) emit(w, states, p, states == 1 ? state : h, y);
+      continue;
+    }
     if (states == 1) {
       const float b0 = b[0], c0 = c[0];
       LANEWISE {
         float x = delta[i] + bias[i];
-        float dt = (soft ? softplus(x) : x) * open;
+        float dt = soft ? softplus(x) : x;
         state[i] = exp2_(dt * A0[i]) * state[i] + dt * u[i] * b0;
         if (y) y[at + i] += state[i] * c0;
       }
@@ -58,7 +69,7 @@ INLINE void walk_forward(const Walk *w, const int states, const int soft, const 
     float dt[LANES], dtu[LANES], sum[LANES];
     LANEWISE {
       float x = delta[i] + bias[i];
-      dt[i] = (soft ? softplus(x) : x) * open;
+      dt[i] = soft ? softplus(x) : x;
       dtu[i] = dt[i] * u[i];
       sum[i] = 0.0f;
     }
@@ -94,8 +105,8 @@ INLINE void walk_record(const Walk *w, const int states, const int soft, const i
     float dtu[LANES];
     LANEWISE {
       float x = delta[i] + bias[i];
-      float z = exp2_(absolute(x) * -LOG2E);
-      dt[i] = (soft ? (x > 0.0f ? x : 0.0f) + log1p_unit(z) : x) * open;
+      float z = exp_minus_abs(x);
+      dt[i] = (soft ? (x < 0.0f ? 0.0f : x) + log1p_unit(z) : x) * open;
       slope[i] = (soft ? (x < 0.0f ? z : 1.0f) / (z + 1.0f) : 1.0f) * open;
       dtu[i] = dt[i] * u[i];
     }

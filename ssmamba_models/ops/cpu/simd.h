@@ -32,39 +32,43 @@ INLINE int32_t bits(float x) { int32_t b; memcpy(&b, &x, sizeof b); return b; }
 INLINE float from_bits(int32_t b) { float x; memcpy(&x, &b, sizeof x); return x; }
 INLINE float absolute(float x) { return from_bits(bits(x) & 0x7fffffff); }
 
-/* 2^x. Exactly 1 at 0, so a held token leaves the state untouched to the last bit. NaN gives NaN. */
-INLINE float exp2_(float x) {
-  const float magic = 12582912.0f;
-  x = x < -126.0f ? -126.0f : x;
-  x = x > 127.0f ? 127.0f : x;
-  float shifted = x + magic;
-  float f = x - (shifted - magic);
-  float p = f * 0.001326472614891827f + 0.009671512991189957f;
-  p = p * f + 0.05550733581185341f;
-  p = p * f + 0.24022242426872253f;
-  p = p * f + 0.6931470036506653f;
-  p = p * f + 1.0f;
-  return from_bits(bits(p) + (int32_t)((uint32_t)bits(shifted) << 23));
+/* Polynomials are evaluated in pairs (Estrin), not one coefficient after another (Horner): a step of the scan is one
+ * long chain of dependent operations, and what limits it is the chain's latency, not the number of operations. */
+
+/* 2^x for x <= 0 or, with `any` set, for any x: clamped to [2^-127 -> 0, 2^127]. Exactly 1 at 0, so a held token leaves
+ * the state untouched to the last bit. The scale 2^n is a factor, not an addition to the exponent, so NaN stays NaN. */
+INLINE float exp2_clamped(float x, const int any) {
+  float shifted = x + 12582912.0f;
+  float f = x - (shifted - 12582912.0f);
+  int32_t n = bits(shifted) - (0x4b400000 - 127);
+  n = n > 0 ? n : 0;
+  if (any) n = n < 254 ? n : 254;
+  float f2 = f * f;
+  float low = f * 0.6931470036506653f + 1.0f;
+  float mid = f * 0.05550733581185341f + 0.24022242426872253f;
+  float high = f * 0.001326472614891827f + 0.009671512991189957f;
+  return ((high * f2 + mid) * f2 + low) * from_bits(n << 23);
 }
+INLINE float exp2_(float x) { return exp2_clamped(x, 1); }
+/* e^-|x| */
+INLINE float exp_minus_abs(float x) { return exp2_clamped(absolute(x) * -LOG2E, 0); }
 
 /* log(1 + z) for z in [0, 1]: z times a polynomial, so the relative error stays small as z goes to 0. */
 INLINE float log1p_unit(float z) {
-  float p = z * 0.005364812444895506f + -0.030065743252635002f;
-  p = p * z + 0.07920445501804352f;
-  p = p * z + -0.13753795623779297f;
-  p = p * z + 0.19153651595115662f;
-  p = p * z + -0.24857163429260254f;
-  p = p * z + 0.3332132399082184f;
-  p = p * z + -0.49999648332595825f;
-  p = p * z + 1.0f;
-  return p * z;
+  float z2 = z * z, z4 = z2 * z2;
+  float p01 = z * -0.49999648332595825f + 1.0f;
+  float p23 = z * -0.24857163429260254f + 0.3332132399082184f;
+  float p45 = z * -0.13753795623779297f + 0.19153651595115662f;
+  float p67 = z * -0.030065743252635002f + 0.07920445501804352f;
+  float p03 = p23 * z2 + p01, p47 = p67 * z2 + p45;
+  return ((0.005364812444895506f * z4 + p47) * z4 + p03) * z;
 }
 
 /* softplus(x) = max(x, 0) + log1p(e^-|x|), without overflow or a division. */
-INLINE float softplus(float x) { return (x > 0.0f ? x : 0.0f) + log1p_unit(exp2_(absolute(x) * -LOG2E)); }
+INLINE float softplus(float x) { return (x < 0.0f ? 0.0f : x) + log1p_unit(exp_minus_abs(x)); }
 
 INLINE float sigmoid(float x) {
-  float z = exp2_(absolute(x) * -LOG2E);
+  float z = exp_minus_abs(x);
   return (x < 0.0f ? z : 1.0f) / (z + 1.0f);
 }
 
