@@ -15,12 +15,17 @@
 #define SSMAMBA_SCAN_H
 
 #include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "simd.h"
 
 #define ROW (LANES * sizeof(float))
 /* What the backward pass keeps of one chunk of steps (states, decays) should stay inside the L2 cache. */
 #define CHUNK_BYTES (96 * 1024)
+/* Steps: columns of a large map lie too far apart for the hardware to guess. */
+#define PREFETCH 8
 
 /* What a walk reads: sixteen channels of every pixel, and the two projections of each pixel. */
 typedef struct {
@@ -52,6 +57,12 @@ INLINE void walk_forward(const Walk *w, const int states, const int soft, const 
     const ptrdiff_t p = *order, at = p * LANES;
     const float *b = w->b + p * w->pixel_stride, *c = w->c + p * w->pixel_stride;
     const float *u = w->u + at, *delta = w->delta + at;
+    if (t + PREFETCH < steps) {
+      const ptrdiff_t ahead = (ptrdiff_t)order[PREFETCH * direction] * LANES;
+      __builtin_prefetch(w->u + ahead);
+      __builtin_prefetch(w->delta + ahead);
+      if (y) __builtin_prefetch(y + ahead, 1);
+    }
     if (w->hold && w->hold[p]) { /* dt = 0: the state passes */
       if (y) emit(w, states, p, states == 1 ? state : h, y);
       continue;
@@ -211,12 +222,17 @@ typedef struct {
 } Arena;
 
 INLINE int arena_open(Arena *arena, size_t bytes) {
+  /* Large maps want huge pages: reading a column touches a new 4 KiB page at every step. */
+  const size_t huge = (size_t)2 << 20, align = bytes >= 2 * huge ? huge : 64;
   /* Room for the rounding of up to 64 pieces; aligned_alloc wants a multiple of the alignment. */
-  bytes = (bytes + 64 * 64 + 63) / 64 * 64;
+  bytes = (bytes + 64 * 64 + align - 1) / align * align;
 #if defined(_WIN32)
-  arena->base = _aligned_malloc(bytes, 64);
+  arena->base = _aligned_malloc(bytes, align);
 #else
-  arena->base = aligned_alloc(64, bytes);
+  arena->base = aligned_alloc(align, bytes);
+#endif
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (arena->base && align == huge) madvise(arena->base, bytes, MADV_HUGEPAGE); /* a hint: failure is harmless */
 #endif
   arena->used = 0;
   return arena->base ? 0 : -1;
