@@ -1,6 +1,6 @@
 """An encoder in a plain PyTorch loop: timm's optimiser with layer decay, a cosine schedule, nothing hidden.
 
-python examples/fine_tune_in_your_code.py [--folder tiles] [--model ssmamba_tiny] [--epochs 4]
+python examples/fine_tune_in_your_code.py [--folder tiles] [--model ssmamba_tiny] [--epochs 6]
 
 Without --folder synthetic H&E tiles of three kinds are drawn; a folder of your own must hold one folder per class.
 """
@@ -22,7 +22,9 @@ from ssmamba_models.data.tiles import TileDataset, collate_tiles, find_tiles
 def split(tiles, size, model):
     """Every fourth tile for validation. Real work splits by patient, so that no patient is on both sides."""
     config = resolve_model_data_config(model, {"img_size": size})
-    train = TileDataset(tiles, create_transform(**config, is_training=True, scale=(0.6, 1.0), hflip=0.5, vflip=0.5))
+    train = TileDataset(
+        tiles, create_transform(**config, is_training=True, scale=(0.6, 1.0), vflip=0.5, color_jitter=0.1)
+    )
     val = TileDataset(tiles, create_transform(**config, is_training=False))
     held_out = set(range(0, len(tiles), 4))
     kept = [index for index in range(len(tiles)) if index not in held_out]
@@ -75,12 +77,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", help="tiles in one folder per class")
     parser.add_argument("--model", default="ssmamba_tiny", help="ours, or any timm name; default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=4, help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=6, help="default: %(default)s")
     parser.add_argument("--size", type=int, default=96, help="side of the input in pixels; default: %(default)s")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = arguments.folder or write_synthetic_tiles(scratch, tiles_per_kind=40, size=128)
+        folder = arguments.folder or write_synthetic_tiles(scratch, tiles_per_kind=32)
         fine_tune(folder, arguments.model, arguments.epochs, arguments.size)
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from ssmamba_models.data.synthetic import write_synthetic_tiles
@@ -25,6 +26,19 @@ def data_root() -> Path:
 def labelled_tiles(tmp_path_factory) -> Path:
     """Nine synthetic tiles of 64 px in three class folders; not to be written in."""
     return write_synthetic_tiles(tmp_path_factory.mktemp("labelled"), tiles_per_kind=3, size=64)
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Compute on one thread, in child processes too.
+
+    Tiny models gain nothing from more, and lose a hundredfold on a machine whose cores are busy.
+    """
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ import re
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = ("--model", "test_ssmamba", "--img-size", 128)
 
 

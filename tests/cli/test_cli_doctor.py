@@ -16,13 +16,14 @@ def by_name(findings):
     return {finding.name: finding for finding in findings}
 
 
-class TestTheCommand:
-    @pytest.fixture(scope="class")
-    def report(self):
-        code = "from ssmamba_models.cli.main import main; main()"
-        run = subprocess.run([sys.executable, "-c", code, "doctor", "--json"], capture_output=True, text=True)
-        return run.returncode, json.loads(run.stdout)
+@pytest.fixture(scope="module")
+def report():
+    code = "from ssmamba_models.cli.main import main; main()"
+    run = subprocess.run([sys.executable, "-c", code, "doctor", "--json"], capture_output=True, text=True)
+    return run.returncode, json.loads(run.stdout)
 
+
+class TestTheCommand:
     def test_this_installation_is_sound(self, report):
         returncode, facts = report
         broken = [finding for finding in facts["findings"] if finding["status"] == "problem"]

@@ -11,6 +11,8 @@ from ssmamba_models.data.features import read_features
 
 pytest.importorskip("h5py", reason="feature files need the [wsi] extra")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = ("--model", "test_ssmamba", "--img-size", 64, "--workers", 0)
 
 

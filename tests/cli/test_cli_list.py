@@ -7,6 +7,8 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def rows(result):
     assert result.exit_code == 0, result.output

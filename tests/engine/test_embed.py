@@ -18,7 +18,10 @@ from ssmamba_models.engine.embed import embed_folder
 from ssmamba_models.engine.encoder import load_encoder
 
 pytest.importorskip("h5py", reason="feature files need the [wsi] extra")
-pytestmark = pytest.mark.filterwarnings("ignore::ssmamba_models.engine.encoder.RandomWeightsWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ssmamba_models.engine.encoder.RandomWeightsWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 QUICK = {"model": "test_ssmamba", "img_size": 64, "workers": 0, "progress": False}
 

@@ -13,7 +13,10 @@ from ssmamba_models.engine.encoder import RandomWeightsWarning, load_encoder, we
 # A model of ours, which takes any size, and one with a position table.
 OURS, VIT = "test_ssmamba", "test_vit"
 
-pytestmark = pytest.mark.filterwarnings("ignore::ssmamba_models.engine.encoder.RandomWeightsWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ssmamba_models.engine.encoder.RandomWeightsWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.fixture(scope="module")

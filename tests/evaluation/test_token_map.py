@@ -13,6 +13,8 @@ from ssmamba_models.evaluation.token_map import (
     token_similarity,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class TestTokenGrid:
     @pytest.mark.parametrize("name", ["test_ssmamba", "test_resnet"])
