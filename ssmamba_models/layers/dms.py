@@ -138,7 +138,7 @@ class DMS(nn.Module):
         self.widths[-1] += dim - sum(self.widths)
         self.in_proj = nn.Linear(dim, dim, bias=False, **dd)
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
-        self.act = nn.SiLU()
+        self.act = nn.SiLU(inplace=True)
         self.scans = nn.ModuleList(
             DirectionalSSM(width, dt_rank, d_state, scale, **dd) for width, scale in zip(self.widths, scales)
         )
@@ -149,8 +149,8 @@ class DMS(nn.Module):
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor, hold: Tensor | None = None) -> Tensor:
-        u = self.conv(self.in_proj(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        parts = torch.split(self.act(u), self.widths, dim=-1)
+        u = self.act(self.conv(self.in_proj(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        parts = torch.split(u, self.widths, dim=-1)
         out: list[Tensor] = []
         for i, scan in enumerate(self.scans):
             out.append(scan(parts[i], hold))
