@@ -10,9 +10,10 @@ import click
 
 from ssmamba_models.cli.checks.finding import Finding
 from ssmamba_models.cli.checks.hub import check_hub
-from ssmamba_models.cli.checks.kernels import check_kernels, start_backends
-from ssmamba_models.cli.checks.machine import check_machine, start_torch_facts
-from ssmamba_models.cli.checks.packages import check_packages, start_imports
+from ssmamba_models.cli.checks.kernels import BACKENDS, check_kernels
+from ssmamba_models.cli.checks.machine import TORCH_FACTS, check_machine
+from ssmamba_models.cli.checks.packages import CORE, IMPORT_EACH, OPTIONAL, check_packages
+from ssmamba_models.cli.checks.probe import finish_probe, start_probe
 
 
 @click.command()
@@ -26,21 +27,23 @@ def command(ctx: click.Context, as_json: bool) -> None:
     findings = _examine()
     problems = sum(finding.status == "problem" for finding in findings)
     if as_json:
-        click.echo(
-            json.dumps({"findings": list(map(dataclasses.asdict, findings)), "problems": problems}, indent=2)
-        )
+        click.echo(json.dumps({"findings": list(map(dataclasses.asdict, findings)), "problems": problems}, indent=2))
     else:
         click.echo(_report(findings))
-        click.echo(
-            f"\n{problems} problem{'s' if problems != 1 else ''} found" if problems else "\nnothing is broken"
-        )
+        click.echo(f"\n{problems} problem{'s' if problems != 1 else ''} found" if problems else "\nnothing is broken")
     ctx.exit(1 if problems else 0)
 
 
 def _examine() -> list[Finding]:
-    # Importing torch takes seconds: all processes that do so start before the first is waited for.
-    imports, facts, backends = start_imports(), start_torch_facts(), start_backends()
-    return [*check_packages(imports), *check_machine(facts), *check_kernels(backends), *check_hub()]
+    # Importing torch takes seconds: one process does it, for all who ask about it.
+    running = start_probe(IMPORT_EACH + TORCH_FACTS + BACKENDS, *CORE), start_probe(IMPORT_EACH, *OPTIONAL)
+    core, optional = map(finish_probe, running)
+    return [
+        *check_packages(core, optional),
+        *check_machine(core),
+        *check_kernels(core),
+        *check_hub(),
+    ]
 
 
 def _report(findings: list[Finding]) -> str:

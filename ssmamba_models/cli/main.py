@@ -22,6 +22,15 @@ COMMANDS = {
 USER_ERRORS = (ValueError, OSError, ImportError)
 
 
+def _import_command(name: str) -> click.Command:
+    try:
+        return importlib.import_module(f"ssmamba_models.cli.{COMMANDS[name][0]}").command
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        # What torch, torchvision and timm raise where their builds do not fit each other.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ImportError(f"`ssmamba {name}` cannot start ({reason}); `ssmamba doctor` names the cure") from error
+
+
 class LazyGroup(click.Group):
     """A click group that imports a sub-command's module only when that command is asked for."""
 
@@ -31,8 +40,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module = importlib.import_module(f"ssmamba_models.cli.{COMMANDS[name][0]}")
-        return module.command
+        return _import_command(name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

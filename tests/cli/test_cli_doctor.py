@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ssmamba_models.cli.checks import hub, kernels, machine, packages
-from ssmamba_models.cli.checks.probe import finish_probe, start_probe
+from ssmamba_models.cli.checks.probe import Probe, finish_probe, start_probe
 
 
 def by_name(findings):
@@ -67,40 +67,39 @@ def test_a_broken_torchvision_is_named_and_the_doctor_survives(tmp_path, monkeyp
 
 
 class TestPackages:
-    def judge(self, monkeypatch, core, optional=(), failure=""):
-        probes = iter([packages.Probe(list(core), failure), packages.Probe(list(optional), failure)])
-        monkeypatch.setattr(packages, "finish_probe", lambda process: next(probes))
-        return by_name(packages.check_packages((None, None)))
+    def judge(self, core, optional=(), failure=""):
+        probes = Probe(list(core), failure), Probe(list(optional), failure)
+        return by_name(packages.check_packages(*probes))
 
     def good(self, **versions):
         return [{"name": name, "version": versions.get(name, "9.9.9")} for name in packages.CORE]
 
-    def test_missing(self, monkeypatch):
+    def test_missing(self):
         core = [fact for fact in self.good() if fact["name"] != "timm"]
         core.append({"name": "timm", "missing": True, "error": "No module named 'timm'"})
-        found = self.judge(monkeypatch, core)["timm"]
+        found = self.judge(core)["timm"]
         assert (found.status, found.cure) == ("problem", "pip install timm")
 
-    def test_too_old(self, monkeypatch):
-        found = self.judge(monkeypatch, self.good(timm="1.0.9", torch="2.6.0+cpu"))
+    def test_too_old(self):
+        found = self.judge(self.good(timm="1.0.9", torch="2.6.0+cpu"))
         assert (found["timm"].status, found["torch"].status) == ("problem", "ok")
         assert 'pip install --upgrade "timm>=1.0.20"' in found["timm"].cure
 
-    def test_a_crash_is_put_at_the_package_that_crashed(self, monkeypatch):
+    def test_a_crash_is_put_at_the_package_that_crashed(self):
         before = self.good()[: packages.CORE.index("torch")]
-        found = self.judge(monkeypatch, before, failure="crashed with signal 11")
+        found = self.judge(before, failure="crashed with signal 11")
         assert found["numpy"].status == "ok"
         assert found["torch"].text == "crashed with signal 11"
         assert "after torch failed" in found["timm"].text
 
-    def test_a_missing_optional_package_is_no_fault(self, monkeypatch):
+    def test_a_missing_optional_package_is_no_fault(self):
         optional = [{"name": "h5py", "missing": True, "error": "No module named 'h5py'"}]
-        found = self.judge(monkeypatch, self.good(), optional)["h5py"]
+        found = self.judge(self.good(), optional)["h5py"]
         assert (found.status, found.cure) == ("ok", 'pip install "ssmamba-models[wsi]"')
 
-    def test_a_broken_optional_package_is_a_warning(self, monkeypatch):
+    def test_a_broken_optional_package_is_a_warning(self):
         error = "OSError: libopenslide.so.1: cannot open shared object file"
-        found = self.judge(monkeypatch, self.good(), [{"name": "openslide", "missing": False, "error": error}])
+        found = self.judge(self.good(), [{"name": "openslide", "missing": False, "error": error}])
         assert found["openslide"].status == "warning"
         assert "libopenslide" in found["openslide"].text
 
@@ -117,7 +116,7 @@ class TestPackages:
         versions = {"torch": torch, "torchvision": vision}
         monkeypatch.setattr(packages, "_installed_version", lambda name: versions.get(name, ""))
         monkeypatch.setattr(packages, "_requirements", lambda name: ["numpy", pin])
-        found = self.judge(monkeypatch, self.good())["torch + torchvision"]
+        found = self.judge(self.good())["torch + torchvision"]
         assert found.status == status
         assert status == "ok" or "install both from one place" in found.cure
 
@@ -140,13 +139,12 @@ TORCH_FACTS = {"threads": 1, "built_for": "", "devices": [], "bf16": False}
 
 
 class TestKernels:
-    def judge(self, monkeypatch, **changes):
-        probe = packages.Probe([{**KERNELS, **changes}], "")
-        monkeypatch.setattr(kernels, "finish_probe", lambda process: probe)
-        return by_name(kernels.check_kernels(None))
+    def judge(self, **changes):
+        fact = {"part": "backends", "facts": {**KERNELS, **changes}}
+        return by_name(kernels.check_kernels(Probe([fact], "")))
 
-    def test_a_backend_is_a_warning_where_there_is_a_cure(self, monkeypatch):
-        found = self.judge(monkeypatch)
+    def test_a_backend_is_a_warning_where_there_is_a_cure(self):
+        found = self.judge()
         assert {name: finding.status for name, finding in found.items()} == {
             "torch": "ok",
             "c": "warning",
@@ -157,55 +155,58 @@ class TestKernels:
         assert found["directional_scan"].text == "cpu: torch, cuda: triton"
 
     @pytest.mark.parametrize(("forced", "status"), [("torch", "warning"), ("c", "problem")])
-    def test_forced(self, monkeypatch, forced, status):
-        found = self.judge(monkeypatch, forced=forced)["forced"]
+    def test_forced(self, forced, status):
+        found = self.judge(forced=forced)["forced"]
         assert found.status == status
         assert "unset SSMAMBA_BACKEND" in found.cure
 
-    def test_an_operator_that_the_forced_backend_lacks(self, monkeypatch):
+    def test_an_operator_that_the_forced_backend_lacks(self):
         operators = {"causal_conv1d": {"cpu": "none: it cannot"}}
-        found = self.judge(monkeypatch, forced="torch", operators=operators)["causal_conv1d"]
+        found = self.judge(forced="torch", operators=operators)["causal_conv1d"]
         assert (found.status, found.cure) == ("problem", "unset SSMAMBA_BACKEND")
 
     def test_an_unknown_backend_is_named(self, monkeypatch):
         monkeypatch.setenv("SSMAMBA_BACKEND", "nonsense")
-        (found,) = kernels.check_kernels(kernels.start_backends())
+        (found,) = kernels.check_kernels(finish_probe(start_probe(kernels.BACKENDS)))
         assert found.status == "problem"
         assert "nonsense" in found.text
         assert found.cure == "unset SSMAMBA_BACKEND"
 
-    def test_no_answer(self, monkeypatch):
-        monkeypatch.setattr(kernels, "finish_probe", lambda process: packages.Probe([], "ImportError: x"))
-        (found,) = kernels.check_kernels(None)
+    @pytest.mark.parametrize(
+        "probe", [Probe([], "ImportError: x"), Probe([{"part": "backends", "error": "ImportError: x"}], "")]
+    )
+    def test_no_answer(self, probe):
+        (found,) = kernels.check_kernels(probe)
         assert found.status == "problem"
         assert "ImportError: x" in found.text
 
 
 class TestMachine:
-    def judge(self, monkeypatch, failure="", **changes):
-        probe = packages.Probe([{**TORCH_FACTS, **changes}], failure)
-        monkeypatch.setattr(machine, "finish_probe", lambda process: probe)
-        return by_name(machine.check_machine(None))
+    def judge(self, **changes):
+        fact = {"part": "torch", "facts": {**TORCH_FACTS, **changes}}
+        return by_name(machine.check_machine(Probe([fact], "")))
 
     def test_more_threads_than_cores(self, monkeypatch):
         monkeypatch.setattr(machine, "_usable_cores", lambda: 2)
-        found = self.judge(monkeypatch, threads=64)["threads"]
+        found = self.judge(threads=64)["threads"]
         assert (found.status, found.cure) == ("warning", "export OMP_NUM_THREADS=2")
 
-    def test_devices(self, monkeypatch):
-        found = self.judge(monkeypatch, devices=["NVIDIA H200"], bf16=True)["devices"]
+    def test_devices(self):
+        found = self.judge(devices=["NVIDIA H200"], bf16=True)["devices"]
         assert found.text == "cpu, cuda: NVIDIA H200 (bfloat16)"
 
     def test_little_shared_memory(self, monkeypatch):
         usage = namedtuple("usage", "total used free")(64 << 20, 0, 64 << 20)
         monkeypatch.setattr(machine.os.path, "isdir", lambda path: True)
         monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage)
-        found = self.judge(monkeypatch)["shared memory"]
+        found = self.judge()["shared memory"]
         assert found.status == "warning"
         assert "--shm-size" in found.cure
 
-    def test_torch_broken(self, monkeypatch):
-        assert self.judge(monkeypatch, failure="ImportError: x")["devices"].status == "problem"
+    def test_torch_broken(self):
+        found = by_name(machine.check_machine(Probe([], "ImportError: x")))["devices"]
+        assert found.status == "problem"
+        assert "ImportError: x" in found.text
 
 
 class TestHub:
@@ -259,15 +260,15 @@ class TestHub:
 class TestProbe:
     def test_facts_among_other_output(self):
         probe = finish_probe(start_probe("print('noise'); report(a=1); report(b=sys.argv[1])", "x"))
-        assert probe == packages.Probe([{"a": 1}, {"b": "x"}], "")
+        assert probe == Probe([{"a": 1}, {"b": "x"}], "")
 
     def test_a_crash_keeps_what_was_said_before(self):
         code = "import os; report(a=1); os.kill(os.getpid(), 9)"
-        assert finish_probe(start_probe(code)) == packages.Probe([{"a": 1}], "crashed with signal 9")
+        assert finish_probe(start_probe(code)) == Probe([{"a": 1}], "crashed with signal 9")
 
     def test_an_exception(self):
         assert finish_probe(start_probe("raise ValueError('why')")).failure == "ValueError: why"
 
     def test_one_that_hangs(self):
         probe = finish_probe(start_probe("report(a=1)\nimport time; time.sleep(60)"), timeout=1)
-        assert probe == packages.Probe([{"a": 1}], "no answer within 1 s")
+        assert probe == Probe([{"a": 1}], "no answer within 1 s")

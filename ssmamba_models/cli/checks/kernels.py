@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import os
-import subprocess
 
 from ssmamba_models.cli.checks.finding import Finding
-from ssmamba_models.cli.checks.probe import finish_probe, start_probe
+from ssmamba_models.cli.checks.probe import Probe
 
 _SUBJECT = "kernels"
 
-_BACKENDS = """
-from ssmamba_models.ops import backends
-report(**backends())
+# Run by the probe that imports the core packages.
+BACKENDS = """
+def backend_facts():
+    from ssmamba_models.ops import backends
+    return backends()
+attempt("backends", backend_facts)
 """
 
 
-def start_backends() -> subprocess.Popen:
-    """Begin to ask the package, in a process of its own, for its backends."""
-    return start_probe(_BACKENDS)
-
-
-def check_kernels(process: subprocess.Popen) -> list[Finding]:
-    """Judge what `start_backends` began."""
-    probe = finish_probe(process)
-    if probe.failure or not probe.facts:
-        text = f"cannot be asked: {probe.failure or 'no answer'}"
+def check_kernels(probe: Probe) -> list[Finding]:
+    """Judge what `BACKENDS` found."""
+    state, error = probe.part("backends")
+    if error:
         forced = "SSMAMBA_BACKEND" in os.environ
         cure = "unset SSMAMBA_BACKEND" if forced else "see the first problem under packages"
-        return [Finding(_SUBJECT, "backends", "problem", text, cure)]
-    state = probe.facts[-1]
+        return [Finding(_SUBJECT, "backends", "problem", f"cannot be asked: {error}", cure)]
     return [
         *_forced(state),
         *(_backend(name, facts) for name, facts in state["backends"].items()),

@@ -5,44 +5,41 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 from pathlib import Path
 
 from ssmamba_models.cli.checks.finding import Finding
-from ssmamba_models.cli.checks.probe import finish_probe, start_probe
+from ssmamba_models.cli.checks.probe import Probe
 
 _SUBJECT = "machine"
 # A batch of 32 tiles of 224 px takes 19 MB, and each worker holds two.
 _SHARED_MEMORY = 256 * 2**20
 
-_TORCH_FACTS = """
-import torch
-report(
-    threads=torch.get_num_threads(),
-    built_for=torch.version.cuda or torch.version.hip or "",
-    devices=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    bf16=bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported()),
-)
+# Run by the probe that imports the core packages.
+TORCH_FACTS = """
+def torch_facts():
+    import torch
+    return {
+        "threads": torch.get_num_threads(),
+        "built_for": torch.version.cuda or torch.version.hip or "",
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "bf16": bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported()),
+    }
+attempt("torch", torch_facts)
 """
 
 
-def start_torch_facts() -> subprocess.Popen:
-    """Begin to ask torch, in a process of its own, what it sees."""
-    return start_probe(_TORCH_FACTS)
-
-
-def check_machine(process: subprocess.Popen) -> list[Finding]:
-    """Describe the machine, with what `start_torch_facts` began."""
+def check_machine(probe: Probe) -> list[Finding]:
+    """Describe the machine, with what `TORCH_FACTS` found."""
+    processor = f"{_processor()}, {_usable_cores()} of {os.cpu_count()} cores usable"
     findings = [
         Finding(_SUBJECT, "system", "ok", platform.platform()),
-        Finding(_SUBJECT, "processor", "ok", f"{_processor()}, {_usable_cores()} of {os.cpu_count()} cores usable"),
+        Finding(_SUBJECT, "processor", "ok", processor),
         *_shared_memory(),
     ]
-    probe = finish_probe(process)
-    if probe.failure:
-        text = f"unknown, because torch failed: {probe.failure}"
+    facts, error = probe.part("torch")
+    if error:
+        text = f"unknown, because torch failed: {error}"
         return [*findings, Finding(_SUBJECT, "devices", "problem", text, "see torch under packages")]
-    facts = probe.facts[-1]
     return [*findings, _threads(facts), _devices(facts)]
 
 

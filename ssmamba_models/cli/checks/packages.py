@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
-import subprocess
 import sys
 
 from ssmamba_models._version import __version__
 from ssmamba_models.cli.checks.finding import Finding
-from ssmamba_models.cli.checks.probe import Probe, finish_probe, start_probe
+from ssmamba_models.cli.checks.probe import Probe
 
 _SUBJECT = "packages"
 
@@ -24,7 +23,7 @@ CORE = (
     "torch",
     "torchvision",
     "timm",
-    "ssmamba_models",
+    "ssmamba_models.models",
 )
 # What setup.cfg asks for.
 MINIMUM = {"torch": (2, 6), "timm": (1, 0, 20)}
@@ -40,14 +39,14 @@ OPTIONAL = {
     "matplotlib": "eval",
 }
 
-_IMPORT_EACH = """
+# Run by a probe, with the names as arguments.
+IMPORT_EACH = """
 import importlib
 for name in sys.argv[1:]:
-    report(begin=name)
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        report(name=name, missing=error.name.split(".")[0] == name, error=str(error))
+        report(name=name, missing=error.name == name, error=str(error))
     except BaseException as error:
         report(name=name, missing=False, error=f"{type(error).__name__}: {error}")
     else:
@@ -55,22 +54,20 @@ for name in sys.argv[1:]:
 """
 
 
-def start_imports() -> tuple[subprocess.Popen, subprocess.Popen]:
-    """Begin to import the core and the optional packages, each lot in a process of its own."""
-    return start_probe(_IMPORT_EACH, *CORE), start_probe(_IMPORT_EACH, *OPTIONAL)
+def check_packages(core: Probe, optional: Probe) -> list[Finding]:
+    """Judge what `IMPORT_EACH` found.
 
-
-def check_packages(processes: tuple[subprocess.Popen, subprocess.Popen]) -> list[Finding]:
-    """Judge what `start_imports` began.
+    Args:
+        core: the probe that imported `CORE`.
+        optional: the probe that imported `OPTIONAL`.
 
     Returns:
         One finding for Python, for each package, and for torch and torchvision as a pair.
     """
-    core, optional = (finish_probe(process) for process in processes)
     return [
         _python(),
         *_core_findings(core),
-        *_torch_pair(core),
+        *_torch_pair(),
         *_optional_findings(optional),
         _triton(),
     ]
@@ -107,7 +104,7 @@ def _core_finding(name: str, result: dict) -> Finding:
     if "error" in result:
         text = _first_line(result["error"])
         return Finding(_SUBJECT, name, "problem", text, _core_cure(name, result))
-    version = result["version"] or _installed_version(name)
+    version = result["version"] or _installed_version(name) or "imports"
     if name in MINIMUM and _numbers(version) < MINIMUM[name]:
         least = ".".join(map(str, MINIMUM[name]))
         cure = f'pip install --upgrade "{name}>={least}"'
@@ -117,7 +114,7 @@ def _core_finding(name: str, result: dict) -> Finding:
 
 def _core_cure(name: str, result: dict) -> str:
     distribution = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}.get(name, name)
-    if name == "ssmamba_models":
+    if name == "ssmamba_models.models":
         return "the message above names the cause; if it does not, report it with this output"
     if name == "torchvision":
         return _matching_pair_cure()
@@ -126,7 +123,7 @@ def _core_cure(name: str, result: dict) -> str:
     return f"pip install --force-reinstall {distribution}"
 
 
-def _torch_pair(probe: Probe) -> list[Finding]:
+def _torch_pair() -> list[Finding]:
     """Whether torchvision is the build made for this torch: its operators fit one version alone."""
     if any(_installed_version(name) == "" for name in ("torch", "torchvision")):
         return []

@@ -15,6 +15,11 @@ _PRELUDE = f"""
 import json, sys
 def report(**facts):
     print({_MARK!r} + json.dumps(facts), flush=True)
+def attempt(part, function):
+    try:
+        report(part=part, facts=function())
+    except BaseException as error:
+        report(part=part, error=f"{{type(error).__name__}}: {{error}}")
 """
 
 
@@ -30,9 +35,16 @@ class Probe:
     facts: list[dict]
     failure: str
 
+    def part(self, name: str) -> tuple[dict, str]:
+        """What `attempt(name, function)` gave: the facts and "", or {} and one line that says why not."""
+        found = [fact for fact in self.facts if fact.get("part") == name]
+        if not found:
+            return {}, self.failure or "no answer"
+        return found[-1].get("facts", {}), found[-1].get("error", "")
+
 
 def start_probe(code: str, *arguments: str) -> subprocess.Popen:
-    """Run Python code, which calls `report(name=value, ...)`, in a fresh interpreter.
+    """Run Python code, which calls `report(name=value, ...)` and `attempt(name, function)`, on its own.
 
     Args:
         code: the program; its `sys.argv[1:]` are the arguments.
