@@ -47,7 +47,7 @@ def command(
     An existing picture is replaced.
     """
     _check_picture(out)
-    source = _read(image) if image else synthetic_he(img_size, seed=4)
+    source = _read(image) if image else synthetic_he(img_size, seed=18)
     with plain_warnings():
         encoder = load_encoder(model, pretrained=pretrained, checkpoint=checkpoint, device=device, img_size=img_size)
     images = encoder.transform(source)[None]

@@ -99,15 +99,11 @@ def embed_folder(
     start = time.perf_counter()
     with (
         _progress_bar(len(tiles), progress) as bar,
-        write_features(
-            out, encoder.embed_dim, labelled=labelled, attributes=attributes, overwrite=overwrite
-        ) as writer,
+        write_features(out, encoder.embed_dim, labelled=labelled, attributes=attributes, overwrite=overwrite) as writer,
     ):
         unreadable = _embed_into(writer, tiles, encoder, loader, bar)
     seconds = time.perf_counter() - start
-    return EmbedSummary(
-        Path(out), writer.count, encoder.embed_dim, unreadable, seconds, writer.count / seconds
-    )
+    return EmbedSummary(Path(out), writer.count, encoder.embed_dim, unreadable, seconds, writer.count / seconds)
 
 
 def _check_counts(**counts: tuple[int | None, int]) -> None:

@@ -9,9 +9,7 @@ from torch import nn
 
 _GAP, _CAPTION = 12, 30
 # Dark violet over teal to yellow: ordered by lightness too, so that it survives a grey print.
-_COLOURS = np.array(
-    [(48, 18, 92), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float32
-)
+_COLOURS = np.array([(48, 18, 92), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float32)
 
 
 @torch.inference_mode()
@@ -49,22 +47,27 @@ def principal_colours(tokens: torch.Tensor) -> np.ndarray:
         tokens: (h, w, C).
 
     Returns:
-        (h, w, 3) uint8; each component stretched from its 1st to its 99th percentile. Tokens that do not
-        differ give mid grey.
+        (h, w, 3) uint8; each component stretched from its 1st to its 99th percentile, both taken without the
+        outermost tokens. Tokens that do not differ give mid grey.
     """
     height, width, _ = tokens.shape
-    flat = tokens.reshape(height * width, -1).double()
-    flat = flat - flat.mean(dim=0)
-    left, scale, _ = torch.linalg.svd(flat, full_matrices=False)
-    parts = torch.zeros(height * width, 3, dtype=torch.float64)
-    kept = min(3, scale.numel())
-    parts[:, :kept] = left[:, :kept] * scale[:kept]
-    # The sign of a component is arbitrary; fixing it keeps the picture the same on every machine.
-    parts *= torch.where(parts.pow(3).sum(dim=0) < 0, -1.0, 1.0)
-    low, high = np.percentile(parts.numpy(), (1, 99), axis=0)
-    spread = np.where(high - low > 1e-9, high - low, np.inf)
-    shown = np.where(np.isinf(spread), 0.5, (parts.numpy() - low) / spread)
-    return (shown.clip(0, 1) * 255).round().astype(np.uint8).reshape(height, width, 3)
+    inner = _without_border(tokens).flatten(0, 1).double()
+    mean = inner.mean(dim=0)
+    _, _, axes = torch.linalg.svd(inner - mean, full_matrices=False)
+    # The sign of an axis is arbitrary; fixing it keeps the picture the same on every machine.
+    axes = axes[:3] * torch.where(((inner - mean) @ axes[:3].T).pow(3).sum(dim=0) < 0, -1.0, 1.0)[:, None]
+    low, high = np.percentile(((inner - mean) @ axes.T).numpy(), (1, 99), axis=0)
+    parts = ((tokens.flatten(0, 1).double() - mean) @ axes.T).numpy()
+    spread = high - low
+    shown = np.where(spread > 1e-9, (parts - low) / np.maximum(spread, 1e-9), 0.5)
+    colours = np.full((height * width, 3), 128, np.uint8)
+    colours[:, : shown.shape[1]] = (shown.clip(0, 1) * 255).round()
+    return colours.reshape(height, width, 3)
+
+
+def _without_border(tokens: torch.Tensor) -> torch.Tensor:
+    # The outermost tokens see the zero padding: they differ from all others, and would take all the colours.
+    return tokens[1:-1, 1:-1] if min(tokens.shape[:2]) >= 8 else tokens
 
 
 def token_similarity(tokens: torch.Tensor, row: int, column: int) -> np.ndarray:
@@ -84,9 +87,7 @@ def token_similarity(tokens: torch.Tensor, row: int, column: int) -> np.ndarray:
     return (unit @ unit[row, column]).clamp(-1, 1).numpy()
 
 
-def draw_token_map(
-    image: Image.Image, tokens: torch.Tensor, point: tuple[int, int] | None = None
-) -> Image.Image:
+def draw_token_map(image: Image.Image, tokens: torch.Tensor, point: tuple[int, int] | None = None) -> Image.Image:
     """Draw an image, its tokens' principal components and their similarity to one token, side by side.
 
     Args:
@@ -105,7 +106,8 @@ def draw_token_map(
     if not (0 <= x < width and 0 <= y < height):
         raise ValueError(f"the point ({x}, {y}) lies outside the image of {width} x {height} px")
     rows, columns = tokens.shape[:2]
-    similarity = token_similarity(tokens, y * rows // height, x * columns // width)
+    row, column = y * rows // height, x * columns // width
+    similarity = token_similarity(tokens, row, column)
     zoom = max(1, round(512 / max(width, height)))
     panels = [
         (image, f"input, {width} x {height} px"),
@@ -115,7 +117,7 @@ def draw_token_map(
     size = (width * zoom, height * zoom)
     drawn = [(_fit(panel, size), caption) for panel, caption in panels]
     for panel, _ in (drawn[0], drawn[2]):
-        _mark(panel, (x + 0.5) * zoom, (y + 0.5) * zoom)
+        _mark(panel, (column + 0.5) * size[0] / columns, (row + 0.5) * size[1] / rows)
     return _side_by_side(drawn)
 
 
