@@ -89,7 +89,7 @@ def _call(function: str, args: ctypes.Structure, tasks: int, cost: float) -> Non
     handle, reason = library.open_library()
     if handle is None:
         raise RuntimeError(f"{reason}; {library.CURE}")
-    run_tasks(getattr(handle, function), ctypes.addressof(args), tasks, cost)
+    run_tasks(handle, function, ctypes.addressof(args), tasks, cost)
 
 
 # ---- directional_scan ----
