@@ -39,7 +39,8 @@ def describe_machine(device: torch.device | str = "cpu") -> dict:
 def machine_line(machine: dict) -> str:
     """One line for a person out of `describe_machine`."""
     where = machine["gpu"] or f"{machine['cpu']} ({machine['simd']}), {machine['threads']} threads"
-    return f"{where}; torch {machine['torch']}, timm {machine['timm']}; {machine['date'][:10]}"
+    load = "" if machine["load_average"] is None else f", load {machine['load_average']:.1f} before"
+    return f"{where}{load}; torch {machine['torch']}, timm {machine['timm']}; {machine['date'][:10]}"
 
 
 def require_device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ class OpCase:
     def label(self) -> str:
         what = "W" if self.op == "causal_conv1d" else "N"
         return f"{self.op} {str(self.shape).replace(' ', '')} {what}={self.extra}"
+
+    def shortened(self) -> OpCase:
+        """The same work per step over a few steps; a convolution, which has no steps, as it is."""
+        if self.op == "directional_scan":
+            batch, height, width, channels = self.shape
+            return replace(self, shape=(batch, min(height, 2), min(width, 8), channels))
+        if self.op == "selective_scan":
+            return replace(self, shape=(*self.shape[:2], min(self.shape[2], 16)))
+        return self
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssmamba_models import ops
-from ssmamba_models.benchmark.op_cases import OpInputs
+from ssmamba_models.benchmark.op_cases import OpCase, OpInputs, make_inputs
+from ssmamba_models.benchmark.timing import thread_count, time_interleaved
 from ssmamba_models.ops import reference
 
 REFERENCE = "reference"  # the naive definition, called without any dispatch
@@ -32,11 +33,13 @@ class Contender:
         name: for tables and reports.
         function: from inputs to the operator's output.
         backend: to force while `function` and its backward run; None where `ops` does not dispatch.
+        threads: CPU threads to run with; None for those in force.
     """
 
     name: str
     function: Function
     backend: str | None = None
+    threads: int | None = None
 
 
 def choose_backends(wanted: tuple[str, ...] | None, device: torch.device) -> tuple[list[str], dict[str, str]]:
@@ -98,6 +101,12 @@ def _grouped_conv1d(inputs: OpInputs) -> Tensor:
 
 
 @contextlib.contextmanager
+def _terms_of(contender: Contender) -> Iterator[None]:
+    with thread_count(contender.threads), forced_backend(contender.backend):
+        yield
+
+
+@contextlib.contextmanager
 def forced_backend(name: str | None) -> Iterator[None]:
     """Have `ops` use one backend; the variable is read at every call, so the backward must lie within as well."""
     before = os.environ.get("SSMAMBA_BACKEND")
@@ -112,17 +121,33 @@ def forced_backend(name: str | None) -> Iterator[None]:
             os.environ["SSMAMBA_BACKEND"] = before
 
 
+def faster_reference(contender: Contender, case: OpCase, dtype: torch.dtype, device: torch.device) -> Contender:
+    """The reference with one thread or with those in force, whichever is faster.
+
+    Its loop of tiny operators gains little from a second thread, and on a busy machine loses a hundredfold to the
+    barriers between them; a ratio to that would flatter every backend. A short sequence decides: one step costs the
+    same in any.
+    """
+    if device.type != "cpu" or torch.get_num_threads() == 1:
+        return contender
+    short = make_inputs(case.shortened(), dtype, device)
+    alone = replace(contender, threads=1)
+    calls = {"one": make_call(alone, short, "forward"), "all": make_call(contender, short, "forward")}
+    timings = time_interleaved(calls, rounds=5, sample_ms=5.0, budget_s=5.0)
+    return contender if timings["all"].median_ms < timings["one"].median_ms else alone
+
+
 def make_call(contender: Contender, inputs: OpInputs, which: str) -> Callable[[], Outcome]:
     """A function without arguments that runs one pass and returns what it made: y, gradients, or both."""
-    function, backend = contender.function, contender.backend
+    function = contender.function
     leaves = tuple(inputs.tensors.values())
 
     def forward() -> Outcome:
-        with forced_backend(backend), torch.no_grad():
+        with _terms_of(contender), torch.no_grad():
             return (function(inputs),)
 
     def both() -> Outcome:
-        with forced_backend(backend):
+        with _terms_of(contender):
             y = function(inputs)
             return (y.detach(), *torch.autograd.grad(y, leaves, inputs.grad_out))
 
@@ -131,11 +156,11 @@ def make_call(contender: Contender, inputs: OpInputs, which: str) -> Callable[[]
     if which == "forward+backward":
         return both
 
-    with forced_backend(backend):
+    with _terms_of(contender):
         kept = function(inputs)
 
     def backward() -> Outcome:
-        with forced_backend(backend):
+        with _terms_of(contender):
             return torch.autograd.grad(kept, leaves, inputs.grad_out, retain_graph=True)
 
     return backward

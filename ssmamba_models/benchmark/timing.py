@@ -169,9 +169,12 @@ def thread_count(threads: int | None) -> Iterator[int]:
     before = torch.get_num_threads()
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    torch.set_num_threads(threads or before)
+    if threads is None or threads == before:
+        yield before  # setting the number, even to what it is, may wake or rebuild the thread pool
+        return
+    torch.set_num_threads(threads)
     try:
-        yield torch.get_num_threads()
+        yield threads
     finally:
         torch.set_num_threads(before)
 
