@@ -8,6 +8,7 @@ import torch
 
 from ssmamba_models import ops
 from ssmamba_models.benchmark import op_contenders
+from ssmamba_models.benchmark.bandwidth import COPY_BYTES
 from ssmamba_models.benchmark.op_cases import CASES, OPS, OpCase, make_inputs
 from ssmamba_models.benchmark.op_contenders import CONV1D, PASSES, REFERENCE, contenders_for, make_call
 from ssmamba_models.benchmark.ops import OpsPlan, format_ops, run_ops
@@ -24,6 +25,14 @@ TINY = (
 def available():
     report = ops.backends()["backends"]
     return {n for n, b in report.items() if b["available"] and {"cpu", "any"} & set(b["devices"])}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_copies():
+    """Copy a megabyte, not 128, to find the bandwidth."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(COPY_BYTES, "cpu", 2**20)
+        yield
 
 
 @pytest.fixture(scope="module")
