@@ -49,6 +49,8 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("c", "ssmamba_models.ops.cpu.backend", ("cpu",)),
+        Backend("triton", "ssmamba_models.ops.triton.backend", ("cuda",)),
+        Backend("cuda", "ssmamba_models.ops.cuda", ("cuda",)),
         Backend("torch", "ssmamba_models.ops.vectorized", ()),
         Backend("reference", "ssmamba_models.ops.naive", ()),
     )
@@ -57,6 +59,12 @@ BACKENDS = {
 # Device type -> operator -> backends, best first. Other devices (MPS, XPU) have torch alone.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": dict.fromkeys(OPERATORS, ("c", "torch")),
+    # torch calls ROCm devices "cuda" too. A row per operator: whichever is measured faster for it goes first.
+    "cuda": {
+        "directional_scan": ("triton", "cuda", "torch"),
+        "selective_scan": ("triton", "cuda", "torch"),
+        "causal_conv1d": ("triton", "cuda", "torch"),
+    },
 }
 
 
