@@ -17,7 +17,7 @@ from ssmamba_models.engine.embed import EmbedSummary, embed_folder
 @click.option("--batch-size", default=32, show_default=True, help="Tiles per forward pass.")
 @click.option("--workers", type=int, help="Processes that decode tiles; 0: none. Default: by the machine.")
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
-@click.option("--bf16", is_flag=True, help="Compute in bfloat16.")
+@click.option("--bf16", is_flag=True, help="Compute in bfloat16: for GPUs; most CPUs get slower.")
 @click.option("--img-size", type=int, help="Side of the input in pixels. Default: the model's own.")
 @click.option("--seed", default=0, show_default=True, help="Seed of random weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")

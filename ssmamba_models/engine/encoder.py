@@ -96,7 +96,8 @@ def load_encoder(
         pretrained: load the published weights of that name.
         checkpoint: load the weights of this file (.safetensors, .pth, .pt or .bin) instead.
         device: "cpu", "cuda", "cuda:1", ...; None takes a GPU where there is one.
-        bf16: run under bfloat16 autocast: faster where the hardware has it, features good to about 2 digits.
+        bf16: run under bfloat16 autocast, features good to about 2 digits. Faster on GPUs; a CPU without
+            AVX512-BF16 or AMX emulates it and takes several times as long.
         img_size: side of the square input in pixels; None takes the model's own.
         seed: makes random weights the same in each run; unused where weights are loaded.
 
