@@ -44,10 +44,10 @@ def recurrence(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[
     """
     h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
     y = []
-    for t in range(u.shape[1]):
-        step = dt[:, t, :, None]
-        h = torch.exp(step * A) * h + step * B[:, t] * u[:, t, :, None]
-        y.append((h * C[:, t]).sum(-1))
+    # unbind, not x[:, t]: the gradient of an index is a zero tensor of the whole length, at every step.
+    for u_t, dt_t, B_t, C_t in zip(u.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)):
+        h = torch.exp(dt_t[..., None] * A) * h + dt_t[..., None] * B_t * u_t[..., None]
+        y.append((h * C_t).sum(-1))
     return torch.stack(y, 1) if y else torch.zeros_like(u), h
 
 
