@@ -73,15 +73,15 @@ def directional(batch, height, width, channels, states, dtype=torch.float32, hol
 @pytest.mark.parametrize(
     "case",
     [
-        dict(height=1, width=1, channels=3, states=1),
-        dict(height=1, width=2, channels=1, states=2, skip=False, bias=False),
-        dict(height=3, width=5, channels=17, states=1, hold=True),
-        dict(height=9, width=2, channels=5, states=1),
-        dict(height=2, width=31, channels=4, states=1, hold=True),
-        dict(height=2, width=3, channels=5, states=8),
-        dict(height=1, width=3, channels=18, states=16, hold=True),
-        dict(height=4, width=3, channels=6, states=2, dtype=torch.bfloat16),
-        dict(height=3, width=4, channels=6, states=1, dtype=torch.float16, hold=True),
+        {"height": 1, "width": 1, "channels": 3, "states": 1},
+        {"height": 1, "width": 2, "channels": 1, "states": 2, "skip": False, "bias": False},
+        {"height": 3, "width": 5, "channels": 17, "states": 1, "hold": True},
+        {"height": 9, "width": 2, "channels": 5, "states": 1},
+        {"height": 2, "width": 31, "channels": 4, "states": 1, "hold": True},
+        {"height": 2, "width": 3, "channels": 5, "states": 8},
+        {"height": 1, "width": 3, "channels": 18, "states": 16, "hold": True},
+        {"height": 4, "width": 3, "channels": 6, "states": 2, "dtype": torch.bfloat16},
+        {"height": 3, "width": 4, "channels": 6, "states": 1, "dtype": torch.float16, "hold": True},
     ],
     ids=lambda case: "-".join(f"{k}={v}" for k, v in case.items()),
 )
@@ -118,7 +118,9 @@ def test_directional_scan_twice_is_the_same_to_the_bit():
     assert all(torch.equal(x, y) for x, y in zip(*runs))
 
 
-def selective(batch, channels, length, states, groups, dtype=torch.float32, gate=True, softplus=True, state=True, **none):
+def selective(
+    batch, channels, length, states, groups, dtype=torch.float32, gate=True, softplus=True, state=True, **none
+):
     long = (batch, channels, length)
     args = (
         normal(*long, dtype=dtype),
@@ -137,14 +139,14 @@ def selective(batch, channels, length, states, groups, dtype=torch.float32, gate
 @pytest.mark.parametrize(
     "case",
     [
-        dict(channels=1, length=1, states=1, groups=1),
-        dict(channels=6, length=2, states=2, groups=2, gate=False, softplus=False, skip=False, bias=False, state=False),
-        dict(channels=6, length=3, states=8, groups=3, state=False),
-        dict(channels=20, length=31, states=1, groups=1),
-        dict(channels=5, length=33, states=2, groups=1, softplus=False),
-        dict(channels=3, length=4, states=16, groups=1, gate=False),
-        dict(channels=4, length=20, states=2, groups=2, dtype=torch.bfloat16),
-        dict(channels=4, length=5, states=1, groups=1, dtype=torch.float16),
+        {"channels": 1, "length": 1, "states": 1, "groups": 1},
+        {"channels": 6, "length": 2, "states": 2, "groups": 2, "gate": False, "softplus": False, "skip": False, "bias": False, "state": False},
+        {"channels": 6, "length": 3, "states": 8, "groups": 3, "state": False},
+        {"channels": 20, "length": 31, "states": 1, "groups": 1},
+        {"channels": 5, "length": 33, "states": 2, "groups": 1, "softplus": False},
+        {"channels": 3, "length": 4, "states": 16, "groups": 1, "gate": False},
+        {"channels": 4, "length": 20, "states": 2, "groups": 2, "dtype": torch.bfloat16},
+        {"channels": 4, "length": 5, "states": 1, "groups": 1, "dtype": torch.float16},
     ],
     ids=lambda case: "-".join(f"{k}={v}" for k, v in case.items()),
 )

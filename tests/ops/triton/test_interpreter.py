@@ -1,4 +1,4 @@
-"""Runs interpreted_cases.py in a pytest process of its own: triton reads TRITON_INTERPRET when it decorates a kernel."""
+"""Runs interpreted_cases.py in a pytest process of its own: triton reads TRITON_INTERPRET as it decorates a kernel."""
 
 from __future__ import annotations
 
