@@ -3,43 +3,22 @@
 Importing this package registers its models with timm: ``timm.create_model("ssmamba_small")`` works from then on.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
-import timm
-from torch import nn
-
-from ssmamba_models import models as _models  # registers the models
 from ssmamba_models._version import __version__
-from ssmamba_models.ops import backends
+
+try:
+    from ssmamba_models.ops import backends
+    from ssmamba_models.zoo import create_model, list_models
+except (ImportError, OSError, RuntimeError, AttributeError) as error:
+    # `ssmamba doctor` must start where torch, torchvision or timm does not: it is there to say why.
+    _why = error
+
+    def __getattr__(name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(
+            f"ssmamba_models.{name} needs torch, torchvision and timm, which do not import here ({_why}); "
+            "`ssmamba doctor` names the cure"
+        ) from _why
+
 
 __all__ = ["__version__", "backends", "create_model", "list_models"]
-
-_PREFIX = _models.__name__ + "."
-
-
-def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
-    """Names of this package's models, sorted; a thin wrapper of `timm.list_models`.
-
-    Args:
-        filter: shell pattern, such as "*small*"; "" for all.
-        pretrained: only names with trained weights, each with its tag.
-    """
-    return [name for name in timm.list_models(filter, pretrained=pretrained) if _is_ours(name)]
-
-
-def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Create one of this package's models; a thin wrapper of `timm.create_model`, which takes the same arguments.
-
-    Raises:
-        ValueError: this package has no model of that name.
-    """
-    if ":" not in model_name and not _is_ours(model_name):
-        raise ValueError(f"{model_name!r} is no model of ssmamba_models, which has {', '.join(list_models())}")
-    return timm.create_model(model_name, pretrained=pretrained, **kwargs)
-
-
-def _is_ours(name: str) -> bool:
-    name = name.split(".", 1)[0]
-    return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith(_PREFIX)

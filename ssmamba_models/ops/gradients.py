@@ -1,4 +1,4 @@
-"""The shape that a backward operator's results must have: one tensor per input, of its dtype, whatever a backend gave."""
+"""What a backward operator's results must be: one tensor per input, of its dtype, whatever a backend gave."""
 
 from __future__ import annotations
 
@@ -19,4 +19,6 @@ def like_inputs(inputs: Sequence[Tensor | None], grads: Sequence[Tensor]) -> tup
 def zeros_like_inputs(inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """Zeros shaped as :func:`like_inputs` would return them."""
     first = inputs[0]
-    return tuple(first.new_empty(0) if x is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
+    return tuple(
+        first.new_empty(0) if x is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs
+    )

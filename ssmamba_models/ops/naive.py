@@ -57,7 +57,9 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple
     return y.contiguous(), state
 
 
-def selective_scan_backward(grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, ...]:
+def selective_scan_backward(
+    grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias."""
     function = lambda *inputs: reference.selective_scan(*inputs, delta_softplus)  # noqa: E731
     if grad_state is None:

@@ -12,7 +12,8 @@ from ssmamba_models.ops.gradients import like_inputs, zeros_like_inputs
 
 OP = "selective_scan"
 _INPUTS = (
-    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus"
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
+    "Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus"
 )
 
 

@@ -190,7 +190,9 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple
     return y.to(u.dtype).contiguous(), state.flatten(1, 2).contiguous()
 
 
-def selective_scan_backward(grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, ...]:
+def selective_scan_backward(
+    grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias."""
     dtype = _compute_dtype(u)
     seq, pre, dt, a, b, c = _grouped(u, delta, A, B, C, delta_bias, delta_softplus)

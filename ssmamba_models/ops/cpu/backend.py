@@ -167,7 +167,9 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple
     return y, state
 
 
-def selective_scan_backward(grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, ...]:
+def selective_scan_backward(
+    grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias; those of A, B, C, D and delta_bias in float32."""
     args, keep = _selective(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     grad, grad_state = grad.contiguous(), _float(grad_state)
