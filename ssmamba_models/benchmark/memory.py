@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -84,11 +83,20 @@ def _high_water_mark() -> int:
     Linux's `ru_maxrss` will not do: a child inherits its parent's there, and the parent holds every model.
     """
     if sys.platform != "linux":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return _high_water_mark_elsewhere()
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/self/status has no VmHWM line; this kernel does not report peak memory")
+
+
+def _high_water_mark_elsewhere() -> int:
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        raise OSError(f"peak memory cannot be measured on {sys.platform}; pass --no-memory (memory=False)") from None
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS alone counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":
