@@ -75,14 +75,18 @@ def _pixelwise(x: Tensor) -> Tensor:
             return x.contiguous()
         inner *= size
     height, width = x.shape[1:3]
-    if height > 1 and x.stride(1) != width * x.stride(2):
+    if height > 1 and width > 1 and x.stride(1) != width * x.stride(2):
         return x.contiguous()
-    # A map one pixel wide has no meaningful column stride.
-    return x.contiguous() if width == 1 and height > 1 else x
+    return x
+
+
+def _pixel_stride(x: Tensor) -> int:
+    # The stride of a dimension of size one means nothing, and contiguous() leaves it as it is.
+    return x.stride(2) if x.shape[2] > 1 else x.stride(1)
 
 
 def _view(x: Tensor) -> View:
-    return View(x.data_ptr(), x.stride(0), x.stride(2))
+    return View(x.data_ptr(), x.stride(0), _pixel_stride(x))
 
 
 def _call(function: str, args: ctypes.Structure, tasks: int, cost: float) -> None:
@@ -100,7 +104,7 @@ def _directional(u, delta, A, B, C, D, delta_bias, hold) -> tuple[DirectionalArg
     batch, height, width, channels = u.shape
     u, delta = _pixelwise(u), _pixelwise(delta)
     B, C = _pixelwise(B.float()), _pixelwise(C.float())
-    if B.stride(2) != C.stride(2):  # one pixel stride serves both
+    if _pixel_stride(B) != _pixel_stride(C):  # one pixel stride serves both
         B, C = B.contiguous(), C.contiguous()
     A, D, bias = _float(A), _float(D), _float(delta_bias)
     hold = None if hold is None else hold.contiguous()
