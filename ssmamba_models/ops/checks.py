@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+OPTIONAL = ("D", "z", "delta_bias", "bias")
+
 
 def expect_tensors(op: str, **arguments: Tensor | None) -> None:
-    """Raises TypeError if an argument is neither a floating tensor nor None, ValueError if devices differ."""
+    """Raises TypeError if an argument is no floating tensor (nor None, if optional), ValueError if devices differ."""
     first_name, first = next(iter(arguments.items()))
     for name, x in arguments.items():
-        if x is None and name != first_name:
+        if x is None and name in OPTIONAL:
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, not {type(x).__name__}")
