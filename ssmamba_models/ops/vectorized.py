@@ -9,6 +9,7 @@ run backwards. Memory is linear in L: a few arrays of (batch, L, D, N).
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -228,7 +229,10 @@ def causal_conv1d(x, weight, bias, silu) -> Tensor:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, taps: int) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
-    return F.conv1d(F.pad(x, (taps - 1, 0)), weight[:, None], bias, groups=x.shape[1])
+    # Autocast, which reaches into custom operators, would run this in half precision.
+    device = x.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        return F.conv1d(F.pad(x, (taps - 1, 0)), weight[:, None], bias, groups=x.shape[1])
 
 
 def causal_conv1d_backward(grad, x, weight, bias, silu) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,8 +243,8 @@ def causal_conv1d_backward(grad, x, weight, bias, silu) -> tuple[Tensor, Tensor,
         y = _convolve(wide, kernel, bias, taps)
         gate = torch.sigmoid(y)
         dy = dy * gate * (1 + y * (1 - gate))
-    # Output t reads inputs t - taps + 1 .. t, so input t feeds outputs t .. t + taps - 1: the kernel reversed.
-    dx = F.conv1d(F.pad(dy, (0, taps - 1)), kernel.flip(1)[:, None], groups=x.shape[1])
+    # Output t reads inputs t - taps + 1 .. t, so input t feeds outputs t .. t + taps - 1: time reversed.
+    dx = _convolve(dy.flip(2), kernel, None, taps).flip(2)
     padded = F.pad(wide, (taps - 1, 0))
     dweight = torch.stack([(dy * padded[:, :, j : j + length]).sum((0, 2)) for j in range(taps)], 1)
     return dx.to(x.dtype), dweight, dy.sum((0, 2))
