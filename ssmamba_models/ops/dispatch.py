@@ -95,7 +95,8 @@ def _obstacle(name: str, op: str, device: str, dtype: torch.dtype, states: int) 
     """Why a backend cannot serve a call, and the cure; ("", "") if it can."""
     backend = BACKENDS[name]
     if backend.devices and device not in backend.devices:
-        return f"it runs on {' and '.join(backend.devices)} only, the tensors are on {device}", ""
+        devices = " and ".join(backend.devices)
+        return f"it runs on {devices} only, the tensors are on {device}", f"move them to {devices}"
     reason, cure = _missing(name)
     if reason:
         return reason, cure

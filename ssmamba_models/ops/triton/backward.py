@@ -138,8 +138,10 @@ def store_projection_gradients(
     """This channel block's part of the gradients of B and C."""
     for t in tl.static_range(T):
         mask = step_mask(rows, start, t, length, RAGGED)
-        tl.store(dB_ptr + offset + t * stride, tl.sum(gradients[t] * (dts[t] * us[t]), 1, keep_dims=True), mask=mask)
-        tl.store(dC_ptr + offset + t * stride, tl.sum(dys[t] * states[t], 1, keep_dims=True), mask=mask)
+        dB = tl.sum(gradients[t] * (dts[t] * us[t]), 1, keep_dims=True)
+        dC = tl.sum(dys[t] * states[t], 1, keep_dims=True)
+        tl.store(dB_ptr + offset + t * stride, dB, mask=mask)
+        tl.store(dC_ptr + offset + t * stride, dC, mask=mask)
 
 
 @triton.jit

@@ -119,7 +119,7 @@ def test_directional_scan_twice_is_the_same_to_the_bit():
 
 
 def selective(
-    batch, channels, length, states, groups, dtype=torch.float32, gate=True, softplus=True, state=True, **none
+    batch, channels, length, states, groups, dtype=torch.float32, gate=True, softplus=True, state=True, optional=True
 ):
     long = (batch, channels, length)
     args = (
@@ -128,9 +128,9 @@ def selective(
         -torch.rand(channels, states) * 2 - 0.1,
         normal(batch, groups, states, length, dtype=dtype),
         normal(batch, groups, states, length, dtype=dtype),
-        None if none.get("skip") is False else normal(channels),
+        normal(channels) if optional else None,
         normal(*long, dtype=dtype) if gate else None,
-        None if none.get("bias") is False else torch.rand(channels),
+        torch.rand(channels) if optional else None,
         softplus,
     )
     return args, (normal(*long, dtype=dtype), normal(batch, channels, states) if state else None)
@@ -140,7 +140,7 @@ def selective(
     "case",
     [
         {"channels": 1, "length": 1, "states": 1, "groups": 1},
-        {"channels": 6, "length": 2, "states": 2, "groups": 2, "gate": False, "softplus": False, "skip": False, "bias": False, "state": False},
+        {"channels": 6, "length": 2, "states": 2, "groups": 2, "gate": False, "softplus": False, "optional": False},
         {"channels": 6, "length": 3, "states": 8, "groups": 3, "state": False},
         {"channels": 20, "length": 31, "states": 1, "groups": 1},
         {"channels": 5, "length": 33, "states": 2, "groups": 1, "softplus": False},
