@@ -3,7 +3,8 @@
 A recurrence of length L is cut into about sqrt(L) chunks. All chunks run at once, step by step, from a zero state;
 then the states at the chunk ends are carried across, and each chunk receives its share. That is 2 sqrt(L) torch calls
 instead of L, and it never divides by a decay, so it is as stable as the plain loop. Gradients are the same recurrence
-run backwards. Memory is linear in L: a few arrays of (batch, L, D, N).
+run backwards. Memory is linear in L: a few arrays of (images, L, D, N), with as many images at a time as keep each
+near :data:`WORKING_SET` elements (larger ones cost more in page faults and cache misses than in arithmetic).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmamba_models.ops.reference import DIRECTIONS, to_map, to_sequence
+
+WORKING_SET = 2**21
 
 
 def why_missing() -> tuple[str, str]:
@@ -102,6 +105,25 @@ def _scan_backward(
     return d_dtu * dt, d_dt, dA, dB, dC, (h * C[..., None, :]).sum(-1)
 
 
+def _image_slices(u: Tensor, states: int) -> list[slice]:
+    """The batch in pieces whose (images, L, D, N) arrays hold about WORKING_SET elements. GPUs take it whole."""
+    batch = u.shape[0]
+    step = batch if u.device.type != "cpu" else max(1, WORKING_SET * batch // (u.numel() * states))
+    return [slice(i, i + step) for i in range(0, batch, step)]
+
+
+def _cut(piece: slice, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x[piece] for x in tensors]
+
+
+def _joined(results: list[tuple[Tensor, ...]], per_image: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    """Results of pieces of a batch: concatenated where they are per image, added where they are of parameters."""
+    return tuple(
+        torch.cat(parts) if concatenate else torch.stack(parts).sum(0)
+        for parts, concatenate in zip(zip(*results), per_image, strict=True)
+    )
+
+
 def _compute_dtype(u: Tensor) -> torch.dtype:
     return torch.promote_types(u.dtype, torch.float32)
 
@@ -125,6 +147,11 @@ def _with_bias(delta: Tensor, delta_bias: Tensor | None, k: int) -> Tensor:
 
 def directional_scan(u, delta, A, B, C, D, delta_bias, hold) -> Tensor:
     """See :func:`ssmamba_models.ops.directional_scan`."""
+    pieces = [_cut(s, u, delta, B, C, hold) for s in _image_slices(u, A.shape[2])]
+    return torch.cat([_scan_maps(u, delta, A, B, C, D, delta_bias, hold) for u, delta, B, C, hold in pieces])
+
+
+def _scan_maps(u, delta, A, B, C, D, delta_bias, hold) -> Tensor:
     dtype, (height, width) = _compute_dtype(u), u.shape[1:3]
     x, delta = u.to(dtype), delta.to(dtype)
     y = torch.zeros_like(x) if D is None else D.to(dtype) * x
@@ -136,6 +163,12 @@ def directional_scan(u, delta, A, B, C, D, delta_bias, hold) -> Tensor:
 
 def directional_scan_backward(grad, u, delta, A, B, C, D, delta_bias, hold) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D and delta_bias."""
+    pieces = [_cut(s, grad, u, delta, B, C, hold) for s in _image_slices(u, A.shape[2])]
+    results = [_scan_maps_backward(g, u, delta, A, B, C, D, delta_bias, hold) for g, u, delta, B, C, hold in pieces]
+    return _joined(results, (True, True, False, True, True, False, False))
+
+
+def _scan_maps_backward(grad, u, delta, A, B, C, D, delta_bias, hold) -> tuple[Tensor, ...]:
     dtype, (height, width) = _compute_dtype(u), u.shape[1:3]
     x, delta, grad = u.to(dtype), delta.to(dtype), grad.to(dtype)
     dD = (grad * x).sum((0, 1, 2))
@@ -182,6 +215,14 @@ def _ungrouped(x: Tensor) -> Tensor:
 
 def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor]:
     """See :func:`ssmamba_models.ops.selective_scan`."""
+    pieces = [_cut(s, u, delta, B, C, z) for s in _image_slices(u, A.shape[1])]
+    results = [
+        _scan_sequences(u, delta, A, B, C, D, z, delta_bias, delta_softplus) for u, delta, B, C, z in pieces
+    ]
+    return _joined(results, (True, True))
+
+
+def _scan_sequences(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor]:
     dtype = _compute_dtype(u)
     seq, _, dt, a, b, c = _grouped(u, delta, A, B, C, delta_bias, delta_softplus)
     y, state = _scan(seq, dt, a, b, c)
@@ -195,6 +236,17 @@ def selective_scan_backward(
     grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus
 ) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias."""
+    pieces = [_cut(s, grad, grad_state, u, delta, B, C, z) for s in _image_slices(u, A.shape[1])]
+    results = [
+        _scan_sequences_backward(grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        for grad, grad_state, u, delta, B, C, z in pieces
+    ]
+    return _joined(results, (True, True, False, True, True, False, True, False))
+
+
+def _scan_sequences_backward(
+    grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+) -> tuple[Tensor, ...]:
     dtype = _compute_dtype(u)
     seq, pre, dt, a, b, c = _grouped(u, delta, A, B, C, delta_bias, delta_softplus)
     grad, x = grad.to(dtype), u.to(dtype)
