@@ -120,9 +120,7 @@ def selective_scan_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias; an empty tensor where the input is None."""
     if grad_state is not None:
-        return vectorized.selective_scan_backward(
-            grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus
-        )
+        return vectorized.selective_scan_backward(grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     arguments = _arguments(u, delta, A, B, C, D, z, delta_bias)
     # The operator saves its inputs alone: memory for one more forward.
     out, states, _ = _run(arguments, delta_softplus)

@@ -79,9 +79,7 @@ def backward_summary_kernel(
     b_offset = big * b_batch + offsets_of(line, start, 0 * start, b_line, b_step, 0, WIDE)
     us = load_steps(u_ptr, u_offset, u_step, inside, start, length, T, RAGGED)
     deltas = load_steps(delta_ptr, d_offset, d_step, inside, start, length, T, RAGGED)
-    dys = load_output_gradient(
-        grad_ptr, z_ptr, y_offset, y_step, z_offset, z_step, inside, start, length, T, RAGGED
-    )
+    dys = load_output_gradient(grad_ptr, z_ptr, y_offset, y_step, z_offset, z_step, inside, start, length, T, RAGGED)
     pixel = big * lines * length + line * hold_line + start * hold_step
     held = load_held(hold_ptr, pixel, hold_step, rows, start, length, T, RAGGED)
     at = offsets_of(chunk, chunk, channel, channels, 0, 1, WIDE)
@@ -216,14 +214,11 @@ def gradient_kernel(
     e_offset += offsets_of(line, start, 0 * start, e_line, e_step, 0, WIDE)
     us = load_steps(u_ptr, u_offset, u_step, inside, start, length, T, RAGGED)
     deltas = load_steps(delta_ptr, d_offset, d_step, inside, start, length, T, RAGGED)
-    dys = load_output_gradient(
-        grad_ptr, z_ptr, y_offset, y_step, z_offset, z_step, inside, start, length, T, RAGGED
-    )
+    dys = load_output_gradient(grad_ptr, z_ptr, y_offset, y_step, z_offset, z_step, inside, start, length, T, RAGGED)
     pixel = big * lines * length + line * hold_line + start * hold_step
     held = load_held(hold_ptr, pixel, hold_step, rows, start, length, T, RAGGED)
     at = offsets_of(chunk, chunk, channel, channels, 0, 1, WIDE)
     part = tile.to(tl.int64) * batch + image
-
 
     dus = initial_output(dys, D_ptr, None, 0, 0, channel, exists, inside, start, length, T, RAGGED)
     if z_ptr is not None:
@@ -245,9 +240,7 @@ def gradient_kernel(
             states, _end = run_forward(h, us, dts, A, bs, T, side == 1)
             gradients, _out = run_adjoint(w, dys, dts, A, cs, T, side == 1)
             dA = tl.zeros((M, DB), tl.float32)
-            dus, ddts, dA = add_input_gradients(
-                dus, ddts, dA, us, dts, states, gradients, h, A, bs, T, side == 1
-            )
+            dus, ddts, dA = add_input_gradients(dus, ddts, dA, us, dts, states, gradients, h, A, bs, T, side == 1)
             if z_ptr is not None:
                 ys = add_output(ys, states, cs, T)
             to = e_offset + (k + group) * e_row + n * e_state

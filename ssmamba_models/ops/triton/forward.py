@@ -200,9 +200,7 @@ def output_kernel(
             row = big * b_batch + (k + group) * b_row + n * b_state
             bs = load_steps(B_ptr + row, b_offset, b_step, rows, start, length, T, RAGGED)
             cs = load_steps(C_ptr + row, b_offset, b_step, rows, start, length, T, RAGGED)
-            h = tl.load(
-                carry_ptr + summary_offset(image, k, n, capacity, channels, K, N) + at, mask=inside, other=0.0
-            )
+            h = tl.load(carry_ptr + summary_offset(image, k, n, capacity, channels, K, N) + at, mask=inside, other=0.0)
             states, _end = run_forward(h, us, dts, A, bs, T, side == 1)
             ys = add_output(ys, states, cs, T)
     if z_ptr is not None:

@@ -147,7 +147,8 @@ def test_first_stage_of_the_encoder_does_not_spill(monkeypatch):
 
 def test_images_beyond_31_bits_use_long_offsets(monkeypatch):
     seen = []
-    monkeypatch.setattr(launch, "launch", lambda kernel, programs, arguments, constants, warps=4: seen.append(constants))
+    record = lambda kernel, programs, arguments, constants, warps=4: seen.append(constants)  # noqa: E731
+    monkeypatch.setattr(launch, "launch", record)
     x = torch.empty(1, device="meta").expand(1, 50000, 1500, 32)
     B = torch.empty(1, device="meta").expand(1, 50000, 1500, 4, 1)
     directional.directional_scan(
