@@ -32,7 +32,6 @@ from ssmamba_models.ops.triton.tiles import (
     run_adjoint,
     run_forward,
     sigmoid,
-    step_mask,
     step_sizes,
     store_steps,
     total,
@@ -129,17 +128,24 @@ def add_input_gradients(
 
 
 @triton.jit
-def store_projection_gradients(
-    dB_ptr, dC_ptr, offset, stride, gradients, states, us, dts, dys, rows, start, length, T: tl.constexpr,
-    RAGGED: tl.constexpr,
-):  # fmt: skip
-    """This channel block's part of the gradients of B and C."""
+def store_sums(ptr, sums, offset, stride, rows, start, length, T: tl.constexpr):
+    """Write T columns (M, 1) as one tile: each by itself would pass shared memory, behind two barriers."""
+    WIDTH: tl.constexpr = 16 if T > 8 else 8
+    step = tl.arange(0, WIDTH)[None, :]
+    tile = sums[0] + tl.zeros((1, WIDTH), tl.float32)
+    for t in tl.static_range(1, T):
+        tile = tl.where(step == t, sums[t], tile)
+    tl.store(ptr + offset + step * stride, tile, mask=rows & (step < T) & (start + step < length))
+
+
+@triton.jit
+def projection_gradients(gradients, states, us, dts, dys, T: tl.constexpr):
+    """This channel block's part of the gradients of B and C: T columns (M, 1) each."""
+    dBs, dCs = (), ()
     for t in tl.static_range(T):
-        mask = step_mask(rows, start, t, length, RAGGED)
-        dB = tl.sum(gradients[t] * (dts[t] * us[t]), 1, keep_dims=True)
-        dC = tl.sum(dys[t] * states[t], 1, keep_dims=True)
-        tl.store(dB_ptr + offset + t * stride, dB, mask=mask)
-        tl.store(dC_ptr + offset + t * stride, dC, mask=mask)
+        dBs = dBs + (tl.sum(gradients[t] * (dts[t] * us[t]), 1, keep_dims=True),)
+        dCs = dCs + (tl.sum(dys[t] * states[t], 1, keep_dims=True),)
+    return dBs, dCs
 
 
 @triton.jit
@@ -244,9 +250,9 @@ def gradient_kernel(
             if z_ptr is not None:
                 ys = add_output(ys, states, cs, T)
             to = e_offset + (k + group) * e_row + n * e_state
-            store_projection_gradients(
-                dB_ptr, dC_ptr, to, e_step, gradients, states, us, dts, dys, rows, start, length, T, RAGGED
-            )
+            dBs, dCs = projection_gradients(gradients, states, us, dts, dys, T)
+            store_sums(dB_ptr, dBs, to, e_step, rows, start, length, T)
+            store_sums(dC_ptr, dCs, to, e_step, rows, start, length, T)
             part_of = ((part * SIDES + side) * N + n) * channels + channel
             tl.store(dA_ptr + part_of, tl.sum(dA, 0, keep_dims=True), mask=exists)
         ddeltas, sums = through_softplus(ddeltas, ddts, deltas, bias, held, T, SOFTPLUS)
