@@ -4,9 +4,10 @@ A scan takes three launches: `summary_kernel` over all chunks at once, `carry_ke
 `output_kernel` over all chunks again. Scanning a chunk twice costs arithmetic, but no state is ever written to memory
 but one per chunk, and (batch, channel block, chunk) gives a GPU enough to do at batch 1 as at batch 64.
 
-Bytes per pixel and channel of directional_scan in bf16, chunks of 8, N = 1: 2 axes x 4 in each of both passes, 8 for
-the float32 sum between the axes, 2 out, and about 10 for summaries and carries, where the floor is 6: much of it from
-L2, which holds u and delta of a batch of 64 maps at stage 1.
+Bytes per pixel and channel of directional_scan in bf16, chunks of 8, N = 1: u and delta four times (2 axes x 2 passes),
+16; the float32 sum between the axes, 8; y, 2; summaries and carries, about 12. The floor is 6; of a batch of 64 maps of
+stage 1, L2 holds most of what is read again. Arithmetic: the compiler's sm_90 code has about 24 instructions per pixel,
+channel, direction and pass. Not measured on a GPU yet; if arithmetic limits it, softplus (9 of them) comes first.
 
 Names: k is the direction (row of A and bias), a program scans `SIDES` of them: first, and first + 2 in reverse.
 """

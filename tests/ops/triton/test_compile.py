@@ -93,13 +93,13 @@ def run_directional(dtype, height=3, width=3, channels=32, states=1, hold=True, 
     directional.directional_scan_backward(args[0], *args)
 
 
-def run_selective(dtype, length, states, groups=1, channels=16):
-    long = (2, channels, length)
+def run_selective(dtype, length, states, groups=1, channels=16, batch=2):
+    long = (batch, channels, length)
     u = empty(*long, dtype=dtype)
-    B = empty(2, groups, states, length, dtype=dtype)
+    B = empty(batch, groups, states, length, dtype=dtype)
     args = (u, u, empty(channels, states), B, B, empty(channels), u, empty(channels), True)
     selective.selective_scan(*args)
-    selective.selective_scan_backward(u, empty(2, channels, states), *args)
+    selective.selective_scan_backward(u, empty(batch, channels, states), *args)
 
 
 def run_conv(dtype, taps, silu):
@@ -125,6 +125,23 @@ def test_scan_along_time(monkeypatch, target):
     with compiling(monkeypatch, target) as compiled:
         run_selective(torch.bfloat16, length=19, states=4, groups=2)
     expect_sane(compiled, SCAN_KERNELS, target)
+
+
+def test_sizes_of_one(monkeypatch):
+    """Triton turns every argument that is 1 into a constant, which not all of its functions take."""
+    with compiling(monkeypatch, "sm_90") as compiled:
+        run_directional(torch.float32, 1, 1, 1, batch=1)
+        run_selective(torch.float32, length=1, states=1, channels=1, batch=1)
+        convolution.causal_conv1d(empty(1, 1, 1), empty(1, 2), None, False)
+    expect_sane(compiled, SCAN_KERNELS | {"conv_kernel"}, "sm_90")
+
+
+def test_offsets_beyond_31_bits(monkeypatch):
+    constants = launch.Scan.constants
+    monkeypatch.setattr(launch.Scan, "constants", lambda *args: {**constants(*args), "WIDE": True})
+    with compiling(monkeypatch, "sm_90") as compiled:
+        run_directional(torch.bfloat16, 2, 2, 16)
+    expect_sane(compiled, SCAN_KERNELS, "sm_90")
 
 
 @pytest.mark.parametrize("taps", [2, 3])
