@@ -6,13 +6,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm, register_notrace_function, trunc_normal_
+from timm.layers import LayerNorm, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from ssmamba_models.ops import directional_scan
-
-# One node for torch.fx: what it checks and chooses depends on the tensors.
-register_notrace_function(directional_scan)
 
 DIRECTIONS = 4
 
@@ -26,6 +23,7 @@ def pool_hold(hold: Tensor, scale: int) -> Tensor:
     return free[:, 0] == 0
 
 
+@register_notrace_module  # one node for torch.fx: what the scan checks depends on the tensors
 class DirectionalSSM(nn.Module):
     """The selective scan of one scale: pool, project, scan in four directions, sum, upsample.
 

@@ -8,8 +8,8 @@ An independent implementation of the published description of SSMamba (arXiv:260
 2026): neither code nor weights of the paper are public. The README lists what the paper leaves open.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: torch.fx copies annotations into its graphs, and TorchScript, which may then
+# script such a graph, knows the class Tensor but not its name.
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClNormMlpClassifierHead, DropPath, LayerNorm, Mlp, trunc_normal_
