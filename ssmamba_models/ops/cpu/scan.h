@@ -111,15 +111,19 @@ INLINE void walk_record(const Walk *w, const int states, const int soft, const i
     const ptrdiff_t p = *order;
     const float *u = w->u + p * LANES, *delta = w->delta + p * LANES, *bias = w->bias;
     const float *b = w->b + p * w->pixel_stride;
-    const float open = w->hold && w->hold[p] ? 0.0f : 1.0f;
+    const int held = w->hold && w->hold[p];
     float *dt = chunk->dt + t * LANES, *slope = chunk->slope + t * LANES;
     float dtu[LANES];
-    LANEWISE {
-      float x = delta[i] + bias[i];
-      float z = exp_minus_abs(x);
-      dt[i] = (soft ? (x < 0.0f ? 0.0f : x) + log1p_unit(z) : x) * open;
-      slope[i] = (soft ? (x < 0.0f ? z : 1.0f) / (z + 1.0f) : 1.0f) * open;
-      dtu[i] = dt[i] * u[i];
+    if (held) { /* dt = 0 whatever delta is, NaN included */
+      LANEWISE dt[i] = slope[i] = dtu[i] = 0.0f;
+    } else {
+      LANEWISE {
+        float x = delta[i] + bias[i];
+        float z = exp_minus_abs(x);
+        dt[i] = soft ? (x < 0.0f ? 0.0f : x) + log1p_unit(z) : x;
+        slope[i] = soft ? (x < 0.0f ? z : 1.0f) / (z + 1.0f) : 1.0f;
+        dtu[i] = dt[i] * u[i];
+      }
     }
     const float *h_in = chunk->h + t * states * LANES;
     float *h_out = chunk->h + (t + 1) * states * LANES, *a_out = chunk->a + t * states * LANES;

@@ -35,23 +35,31 @@ INLINE float absolute(float x) { return from_bits(bits(x) & 0x7fffffff); }
 /* Polynomials are evaluated in pairs (Estrin), not one coefficient after another (Horner): a step of the scan is one
  * long chain of dependent operations, and what limits it is the chain's latency, not the number of operations. */
 
-/* 2^x for x <= 0 or, with `any` set, for any x: clamped to [2^-127 -> 0, 2^127]. Exactly 1 at 0, so a held token leaves
- * the state untouched to the last bit. The scale 2^n is a factor, not an addition to the exponent, so NaN stays NaN. */
-INLINE float exp2_clamped(float x, const int any) {
+/* Ranges are clamped as integers, which costs one instruction where a comparison of floats that keeps NaN costs two. */
+
+/* 2^x, with 0 from 2^-127 down and 2^127 from there up. Exactly 1 at 0, so a held token leaves the state untouched to
+ * the last bit. The scale 2^n is a factor, not an addition to the exponent, so NaN stays NaN. Good for |x| up to 1e15:
+ * beyond, f may be so large that the polynomial overflows. */
+INLINE float exp2_(float x) {
+  const int32_t lowest = 0x4b400000 - 127; /* the bits of 1.5 * 2^23 - 127: rounded to integers, bits count them */
   float shifted = x + 12582912.0f;
   float f = x - (shifted - 12582912.0f);
-  int32_t n = bits(shifted) - (0x4b400000 - 127);
-  n = n > 0 ? n : 0;
-  if (any) n = n < 254 ? n : 254;
+  int32_t n = bits(shifted);
+  n = n > lowest ? n : lowest;
+  n = n < lowest + 254 ? n : lowest + 254;
   float f2 = f * f;
   float low = f * 0.6931470036506653f + 1.0f;
   float mid = f * 0.05550733581185341f + 0.24022242426872253f;
   float high = f * 0.001326472614891827f + 0.009671512991189957f;
-  return ((high * f2 + mid) * f2 + low) * from_bits(n << 23);
+  return ((high * f2 + mid) * f2 + low) * from_bits((n - lowest) << 23);
 }
-INLINE float exp2_(float x) { return exp2_clamped(x, 1); }
-/* e^-|x| */
-INLINE float exp_minus_abs(float x) { return exp2_clamped(absolute(x) * -LOG2E, 0); }
+
+/* e^-|x|; of NaN, e^-88. */
+INLINE float exp_minus_abs(float x) {
+  int32_t magnitude = bits(x) & 0x7fffffff;
+  magnitude = magnitude < 0x42b00000 ? magnitude : 0x42b00000; /* 88 */
+  return exp2_(from_bits(magnitude) * -LOG2E);
+}
 
 /* log(1 + z) for z in [0, 1]: z times a polynomial, so the relative error stays small as z goes to 0. */
 INLINE float log1p_unit(float z) {
