@@ -125,7 +125,7 @@ class TileBatch:
 class TileDataset(torch.utils.data.Dataset):
     """The tiles of a folder, read as RGB and transformed.
 
-    A tile that cannot be read does not raise: it comes back as a `Tile` with a reason, so that one bad file
+    A tile that cannot be read or resized does not raise: it comes back as a `Tile` with a reason, so that one bad file
     never stops a run over a million good ones.
 
     Args:
@@ -146,7 +146,13 @@ class TileDataset(torch.utils.data.Dataset):
             image = read_tile(self.tiles.root / path)
         except (OSError, ValueError) as error:
             return Tile(index, None, getattr(error, "strerror", None) or str(error))
-        return Tile(index, self.transform(image))
+        try:
+            return Tile(index, self.transform(image))
+        # What resizing raises for a shape that no memory holds (1 x 100000 px to 224 px on the short side).
+        # Other exceptions are faults of the transform, not of the tile, and must be seen.
+        except (OSError, ValueError, MemoryError, OverflowError) as error:
+            width, height = image.size
+            return Tile(index, None, f"an image of {width} x {height} px cannot be transformed ({_one_line(error)})")
 
 
 def read_tile(path: str | os.PathLike) -> Image.Image:

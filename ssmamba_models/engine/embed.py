@@ -158,7 +158,9 @@ def _batches(loader: DataLoader) -> Iterator[TileBatch]:
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        # Torch says so of a process that is gone; an exception in one that lives reads "Caught ... in DataLoader
+        # worker process 0", and is no matter of memory.
+        if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise OSError(
             f"a process that decodes tiles died ({str(error).splitlines()[0]}); memory or /dev/shm may be "

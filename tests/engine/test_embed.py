@@ -91,6 +91,13 @@ class TestUnreadable:
         assert read.labels is None
         assert len(read.features) == summary.count == 3
 
+    def test_a_shape_that_cannot_be_resized_does_not_stop_the_run(self, tiles, tmp_path):
+        Image.new("L", (1, 40_000_000)).save(tiles / "1.png")
+        summary = embed_folder(tiles, tmp_path / "f.h5", batch_size=2, **QUICK)
+        ((path, reason),) = summary.unreadable
+        assert (path, summary.count) == ("1.png", 4)
+        assert reason.startswith("an image of 1 x 40000000 px cannot be transformed (")
+
     def test_none_readable_makes_no_file(self, tiles, tmp_path):
         for index in range(5):
             (tiles / f"{index}.png").write_text("no image")
@@ -192,6 +199,16 @@ def test_a_worker_that_dies_is_named(monkeypatch, labelled_tiles, tmp_path):
 
     monkeypatch.setattr("ssmamba_models.data.tiles.read_tile", die_in_worker)
     with pytest.raises(OSError, match=r"process that decodes tiles died.*--workers"):
+        embed_folder(labelled_tiles, tmp_path / "f.h5", **{**QUICK, "workers": 1})
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_exception_in_a_worker_is_not_blamed_on_memory(monkeypatch, labelled_tiles, tmp_path):
+    def broken(self, index):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("ssmamba_models.data.tiles.TileDataset.__getitem__", broken)
+    with pytest.raises(RuntimeError, match=r"in DataLoader worker process 0[\s\S]*a fault of ours"):
         embed_folder(labelled_tiles, tmp_path / "f.h5", **{**QUICK, "workers": 1})
     assert os.listdir(tmp_path) == []
 
