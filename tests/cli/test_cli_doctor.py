@@ -131,7 +131,7 @@ KERNELS = {
     "backends": {
         "torch": {"available": True, "devices": ["cpu", "cuda"], "reason": "", "cure": ""},
         "c": {"available": False, "devices": ["cpu"], "reason": "not compiled", "cure": "install gcc"},
-        "triton": {"available": False, "devices": ["cuda"], "reason": "no GPU", "cure": ""},
+        "triton": {"available": False, "devices": ["cuda"], "reason": "no triton", "cure": "install it"},
     },
     "operators": {"directional_scan": {"cpu": "torch", "cuda": "triton"}},
 }
@@ -139,11 +139,30 @@ TORCH_FACTS = {"threads": 1, "built_for": "", "devices": [], "bf16": False}
 
 
 class TestKernels:
-    def judge(self, **changes):
-        fact = {"part": "backends", "facts": {**KERNELS, **changes}}
-        return by_name(kernels.check_kernels(Probe([fact], "")))
+    @pytest.fixture(autouse=True)
+    def no_gpu_device(self, monkeypatch):
+        monkeypatch.setattr(machine.os.path, "exists", lambda path: False)
+
+    def judge(self, devices=(), **changes):
+        facts = {"backends": {**KERNELS, **changes}, "torch": {**TORCH_FACTS, "devices": devices}}
+        return by_name(
+            kernels.check_kernels(Probe([{"part": name, "facts": fact} for name, fact in facts.items()], ""))
+        )
 
     def test_a_backend_is_a_warning_where_there_is_a_cure(self):
+        found = self.judge(devices=["NVIDIA H200"])
+        assert {name: found[name].status for name in ("torch", "c", "triton")} == {
+            "torch": "ok",
+            "c": "warning",
+            "triton": "warning",
+        }
+        assert found["triton"].cure == "install it"
+
+    def test_a_gpu_that_torch_cannot_use_leaves_its_backends_a_warning(self, monkeypatch):
+        monkeypatch.setattr(machine.os.path, "exists", lambda path: path == "/dev/nvidia0")
+        assert self.judge()["triton"].status == "warning"
+
+    def test_without_a_gpu_its_backends_are_missing_as_they_should_be(self):
         found = self.judge()
         assert {name: finding.status for name, finding in found.items()} == {
             "torch": "ok",
@@ -151,7 +170,7 @@ class TestKernels:
             "triton": "ok",
             "directional_scan": "ok",
         }
-        assert found["c"].cure == "install gcc"
+        assert (found["c"].cure, found["triton"].cure) == ("install gcc", "")
         assert found["directional_scan"].text == "cpu: torch, cuda: triton"
 
     @pytest.mark.parametrize(("forced", "status"), [("torch", "warning"), ("c", "problem")])

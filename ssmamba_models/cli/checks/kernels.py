@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ssmamba_models.cli.checks.finding import Finding
+from ssmamba_models.cli.checks.machine import has_gpu
 from ssmamba_models.cli.checks.probe import Probe
 
 _SUBJECT = "kernels"
@@ -19,15 +20,16 @@ attempt("backends", backend_facts)
 
 
 def check_kernels(probe: Probe) -> list[Finding]:
-    """Judge what `BACKENDS` found."""
+    """Judge what `BACKENDS` found, on a machine of which `TORCH_FACTS` found what it has."""
     state, error = probe.part("backends")
     if error:
         forced = "SSMAMBA_BACKEND" in os.environ
         cure = "unset SSMAMBA_BACKEND" if forced else "see the first problem under packages"
         return [Finding(_SUBJECT, "backends", "problem", f"cannot be asked: {error}", cure)]
+    gpu = has_gpu(probe.part("torch")[0])
     return [
         *_forced(state),
-        *(_backend(name, facts) for name, facts in state["backends"].items()),
+        *(_backend(name, facts, gpu) for name, facts in state["backends"].items()),
         *(_operator(name, chosen, state) for name, chosen in state["operators"].items()),
     ]
 
@@ -44,12 +46,12 @@ def _forced(state: dict) -> list[Finding]:
     return [Finding(_SUBJECT, "forced", "warning", text, "unset SSMAMBA_BACKEND to let the fastest run")]
 
 
-def _backend(name: str, facts: dict) -> Finding:
+def _backend(name: str, facts: dict, gpu: bool) -> Finding:
     if facts["available"]:
         return Finding(_SUBJECT, name, "ok", f"available on {', '.join(facts['devices'])}")
-    # Where there is nothing to be done (no GPU, for one) a missing backend is as it should be.
-    status = "warning" if facts["cure"] else "ok"
-    return Finding(_SUBJECT, name, status, f"not available: {facts['reason']}", facts["cure"])
+    # Without a GPU its backends are missing as they should be: nobody mends that by buying one.
+    cure = facts["cure"] if gpu or facts["devices"] != ["cuda"] else ""
+    return Finding(_SUBJECT, name, "warning" if cure else "ok", f"not available: {facts['reason']}", cure)
 
 
 def _operator(name: str, chosen: dict, state: dict) -> Finding:

@@ -75,11 +75,16 @@ def _shared_memory() -> list[Finding]:
     return [Finding(_SUBJECT, "shared memory", "ok", text)]
 
 
+def has_gpu(facts: dict) -> bool:
+    """Whether this machine has a GPU, of use to torch or not, by what `TORCH_FACTS` found."""
+    return bool(facts.get("devices")) or os.path.exists("/dev/nvidia0")
+
+
 def _devices(facts: dict) -> Finding:
     if facts["devices"]:
         bf16 = "bfloat16" if facts["bf16"] else "no bfloat16"
         return Finding(_SUBJECT, "devices", "ok", f"cpu, cuda: {', '.join(facts['devices'])} ({bf16})")
-    if os.path.exists("/dev/nvidia0"):
+    if has_gpu(facts):
         cause = f"torch is built for CUDA {facts['built_for']}" if facts["built_for"] else "torch is a CPU build"
         cure = "install a torch for the CUDA version that nvidia-smi names: see pytorch.org/get-started"
         return Finding(_SUBJECT, "devices", "warning", f"an NVIDIA GPU is there, torch cannot use it ({cause})", cure)
