@@ -27,12 +27,23 @@ def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
 def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Create one of this package's models; a thin wrapper of `timm.create_model`, which takes the same arguments.
 
+    Also takes what `timm.create_model` takes instead of a name: "hf-hub:OWNER/NAME" and "local-dir:PATH".
+
     Raises:
-        ValueError: this package has no model of that name.
+        ValueError: this package has no model, or no weights, of that name.
     """
-    if ":" not in model_name and not _is_ours(model_name):
-        raise ValueError(f"{model_name!r} is no model of ssmamba_models, which has {', '.join(list_models())}")
+    if ":" not in model_name:
+        if not _is_ours(model_name):
+            raise ValueError(f"{model_name!r} is no model of ssmamba_models, which has {', '.join(list_models())}")
+        _check_tag(model_name)
     return timm.create_model(model_name, pretrained=pretrained, **kwargs)
+
+
+def _check_tag(model_name: str) -> None:
+    name, dot, tag = model_name.partition(".")
+    known = [full.partition(".")[2] for full in list_models(f"{name}.*", pretrained=True)]
+    if dot and tag not in known:
+        raise ValueError(f"{name} has no weights {tag!r}; it has {', '.join(known) or 'none yet'}")
 
 
 def _is_ours(name: str) -> bool:

@@ -10,8 +10,15 @@ from timm.layers import LayerNorm, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from ssmamba_models.ops import directional_scan
+from ssmamba_models.ops.reference import DIRECTIONS
 
-DIRECTIONS = 4
+
+def _check_hold(hold: Tensor, x: Tensor) -> None:
+    # Here and not in the scan alone: a pooled mask would hide a wrong dtype or shape.
+    if hold.dtype != torch.bool:
+        raise TypeError(f"DMS: hold must be a bool tensor, not {hold.dtype}; compare or cast it with .bool()")
+    if hold.shape != x.shape[:3]:
+        raise ValueError(f"DMS: hold has shape {tuple(hold.shape)}, expected (B, H, W) = {tuple(x.shape[:3])}")
 
 
 def pool_hold(hold: Tensor, scale: int) -> Tensor:
@@ -87,6 +94,8 @@ class DirectionalSSM(nn.Module):
         b = b + self.B_bias.to(b.dtype)
         A = -torch.exp(self.A_log.float())
         if torch.jit.is_scripting():
+            # TorchScript's promotion differs from eager mode's under autocast; the operator wants one dtype.
+            delta, b, c = delta.to(v.dtype), b.to(v.dtype), c.to(v.dtype)
             y = torch.ops.ssmamba.directional_scan(v, delta, A, b, c, self.D.float(), self.dt_bias.float(), hold)
         else:
             y = directional_scan(v, delta, A, b, c, self.D, self.dt_bias, hold)
@@ -111,7 +120,8 @@ class DMS(nn.Module):
     Shape: (B, H, W, C) and a hold mask (B, H, W) or None -> (B, H, W, C).
 
     Raises:
-        ValueError: fewer channels than scales, or a scale or d_state below 1.
+        ValueError: fewer channels than scales, a scale, d_state or dt_rank below 1, or a hold mask of another shape.
+        TypeError: a hold mask that is not bool.
 
     Source: SSMamba (arXiv:2604.15711), DMS, as this project reads it.
     """
@@ -126,10 +136,13 @@ class DMS(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
+        if dim < 1:
+            raise ValueError(f"DMS: dim is {dim}, expected at least 1")
         if not scales or min(scales) < 1 or len(scales) > dim:
             raise ValueError(f"DMS: scales is {scales}, expected 1 to {dim} factors (dim is {dim}), each at least 1")
-        if d_state < 1:
-            raise ValueError(f"DMS: d_state is {d_state}, expected at least 1")
+        for name, value in (("d_state", d_state), ("dt_rank", dt_rank)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"DMS: {name} is {value}, expected a whole number of at least 1")
         dd = {"device": device, "dtype": dtype}
         dt_rank = dt_rank or max(4, math.ceil(dim / 16))
         self.widths = [dim // len(scales)] * len(scales)
@@ -147,6 +160,8 @@ class DMS(nn.Module):
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor, hold: Tensor | None = None) -> Tensor:
+        if hold is not None and not torch.jit.is_scripting():
+            _check_hold(hold, x)
         u = self.act(self.conv(self.in_proj(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         parts = torch.split(u, self.widths, dim=-1)
         out: list[Tensor] = []

@@ -112,13 +112,14 @@ class Stage(nn.Module):
         d_state: int,
         mlp_ratio: float,
         drop: float,
+        downsample: bool,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
-        self.downsample = Downsample(dim, dim_out, **dd) if dim != dim_out else nn.Identity()
+        self.downsample = Downsample(dim, dim_out, **dd) if downsample else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(dim_out, scales, d_state, mlp_ratio, drop, drop_path, **dd) for drop_path in drop_paths
         )
@@ -174,7 +175,7 @@ class SSMamba(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        _check_geometry(in_chans, num_classes, dims, depths, scales)
+        _check_geometry(in_chans, num_classes, dims, depths, scales, drop_path_rate)
         dd = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -192,7 +193,7 @@ class SSMamba(nn.Module):
             self.stages.append(
                 Stage(
                     dims[max(i - 1, 0)], dims[i], rates[first : first + depth], scales[i], d_state, mlp_ratio,
-                    proj_drop_rate, **dd,
+                    proj_drop_rate, i > 0, **dd,
                 )
             )
             self.feature_info.append({"num_chs": dims[i], "reduction": 4 * 2**i, "module": f"stages.{i}"})
@@ -290,7 +291,8 @@ class SSMamba(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages after the last one in `indices`, and the head. Returns the indices taken."""
+        """Drop the stages after the last one in `indices`, and the head (always, if stages were dropped: it fits the
+        last stage alone). Returns the indices taken."""
         take, last = feature_take_indices(len(self.stages), indices)
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
@@ -316,8 +318,10 @@ def _check_classes(num_classes: int) -> None:
         raise ValueError(f"num_classes is {num_classes}, expected 0 (no classifier) or more")
 
 
-def _check_geometry(in_chans: int, num_classes: int, dims, depths, scales) -> None:
+def _check_geometry(in_chans: int, num_classes: int, dims, depths, scales, drop_path_rate: float) -> None:
     _check_classes(num_classes)
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate is {drop_path_rate}, expected 0 or more and less than 1")
     if in_chans < 1:
         raise ValueError(f"in_chans is {in_chans}, expected at least 1")
     if not len(dims) == len(depths) == len(scales) or not dims:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 OPTIONAL = ("D", "z", "delta_bias", "bias")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def expect_tensors(op: str, **arguments: Tensor | None) -> None:
@@ -18,8 +19,9 @@ def expect_tensors(op: str, **arguments: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} must be a torch.Tensor, not {type(x).__name__}")
         if x.is_complex():
             raise TypeError(f"{op}: {name} is complex; only real tensors are supported")
-        if not x.is_floating_point():
-            raise TypeError(f"{op}: {name} must have a floating dtype, not {x.dtype}; cast it with .float()")
+        if x.dtype not in DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected one of {known}; cast it with .float()")
         if x.device != first.device:
             raise ValueError(
                 f"{op}: {name} is on {x.device}, but {first_name} is on {first.device}; move them to one device"
@@ -38,6 +40,21 @@ def expect_shape(op: str, name: str, x: Tensor | None, layout: str, shape: tuple
         return
     if x.dim() != len(shape) or any(have != want for have, want in zip(x.shape, shape)):
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected ({layout}) = {tuple(shape)}")
+
+
+def expect_operator_dtypes(
+    op: str, activations: tuple[Tensor | None, ...], parameters: tuple[Tensor | None, ...]
+) -> None:
+    """What the public functions see to, for those who call a registered operator by itself (a scripted or exported
+    model, for one): the kernels read memory by these dtypes. Raises TypeError."""
+    first = activations[0]
+    for x in activations:
+        if x is not None and x.dtype != first.dtype:
+            raise TypeError(f"{op}: the activations are {first.dtype} and {x.dtype}; cast them to one dtype")
+    wanted = torch.float64 if first.dtype == torch.float64 else torch.float32
+    for x in parameters:
+        if x is not None and x.dtype != wanted:
+            raise TypeError(f"{op}: a parameter is {x.dtype}, expected {wanted} beside {first.dtype} activations")
 
 
 def activations(op: str, u: Tensor, **others: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -61,3 +78,10 @@ def parameters(u: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """A, D and biases in the precision of the recurrence: float32, or float64 for float64 activations."""
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     return tuple(None if x is None else x.to(dtype) for x in tensors)
+
+
+def expect_gradient(op: str, grad: Tensor, u: Tensor) -> None:
+    """Raises ValueError or TypeError unless grad is like u."""
+    expect_shape(op, "the gradient", grad, "that of the input", tuple(u.shape))
+    if grad.dtype != u.dtype:
+        raise TypeError(f"{op}: the gradient is {grad.dtype}, but the input is {u.dtype}; cast it")

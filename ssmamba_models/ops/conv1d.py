@@ -18,7 +18,8 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     """Depthwise convolution along time that sees the present and the past only.
 
     ``y[b, d, t] = act(bias[d] + sum_j weight[d, j] x[b, d, t - (W - 1) + j])``, with zeros before the first step:
-    signature, layout and meaning of causal-conv1d's `causal_conv1d_fn`.
+    layout and meaning of causal-conv1d's `causal_conv1d_fn`; of its further arguments (initial and final states,
+    seq_idx) there is none here, so give `activation` by keyword.
 
     Args:
         x: (B, D, L), float32, bfloat16, float16 or float64.
@@ -36,12 +37,6 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     Source: Gu and Dao, Mamba (arXiv:2312.00752), section 3.4.
     """
     checks.expect_tensors(OP, x=x, weight=weight, bias=bias)
-    checks.expect_dims(OP, "x", x, "B, D, L")
-    checks.expect_dims(OP, "weight", weight, "D, W")
-    if not 2 <= weight.shape[1] <= 4:
-        raise ValueError(f"{OP}: weight has shape {tuple(weight.shape)}, expected (D, W) with W = 2, 3 or 4")
-    checks.expect_shape(OP, "weight", weight, "D, W", (x.shape[1], weight.shape[1]))
-    checks.expect_shape(OP, "bias", bias, "D,", (x.shape[1],))
     if activation not in (None, "silu", "swish"):
         raise ValueError(f'{OP}: activation is {activation!r}, expected None, "silu" or "swish"')
     (x,) = checks.activations(OP, x)
@@ -49,8 +44,21 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     return torch.ops.ssmamba.causal_conv1d(x, weight, bias, activation is not None)
 
 
+def _check(x, weight, bias) -> None:
+    """Run by the operator itself: scripted and exported models call it without the public function."""
+    checks.expect_tensors(OP, x=x, weight=weight, bias=bias)
+    checks.expect_dims(OP, "x", x, "B, D, L")
+    checks.expect_dims(OP, "weight", weight, "D, W")
+    if not 2 <= weight.shape[1] <= 4:
+        raise ValueError(f"{OP}: weight has shape {tuple(weight.shape)}, expected (D, W) with W = 2, 3 or 4")
+    checks.expect_shape(OP, "weight", weight, "D, W", (x.shape[1], weight.shape[1]))
+    checks.expect_shape(OP, "bias", bias, "D,", (x.shape[1],))
+    checks.expect_operator_dtypes(OP, (x,), (weight, bias))
+
+
 @torch.library.custom_op("ssmamba::causal_conv1d", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 def _forward(x, weight, bias, silu):
+    _check(x, weight, bias)
     if x.numel() == 0:
         return x.new_empty(x.shape)
     return select(OP, x).causal_conv1d(x, weight, bias, silu)
@@ -58,6 +66,7 @@ def _forward(x, weight, bias, silu):
 
 @_forward.register_fake
 def _(x, weight, bias, silu):
+    _check(x, weight, bias)
     return x.new_empty(x.shape)
 
 
@@ -65,6 +74,8 @@ def _(x, weight, bias, silu):
     "ssmamba::causal_conv1d_backward", mutates_args=(), schema=f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor)"
 )
 def _backward(grad, x, weight, bias, silu):
+    _check(x, weight, bias)
+    checks.expect_gradient(OP, grad, x)
     inputs = (x, weight, bias)
     if x.numel() == 0:
         return zeros_like_inputs(inputs)

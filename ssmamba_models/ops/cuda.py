@@ -96,6 +96,7 @@ def _last_contiguous(x: Tensor | None) -> Tensor | None:
 def _arguments(u, delta, A, B, C, D, z, delta_bias) -> tuple[Tensor | None, ...]:
     _check_channels("selective_scan", u.shape[1])
     u, delta, B, C, z = (_last_contiguous(x) for x in (u, delta, B, C, z))
+    D, delta_bias = (x if x is None else x.contiguous() for x in (D, delta_bias))
     return u, delta, A.contiguous(), B, C, D, z, delta_bias
 
 
@@ -194,7 +195,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Ten
     if function is None:
         raise RuntimeError(f"{reason}; {CURE}")
     _check_channels("causal_conv1d", x.shape[1])
-    return function(x, weight, bias, activation="silu" if silu else None)
+    return function(x, weight, bias if bias is None else bias.contiguous(), activation="silu" if silu else None)
 
 
 def causal_conv1d(x, weight, bias, silu) -> Tensor:

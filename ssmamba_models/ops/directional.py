@@ -55,14 +55,24 @@ def directional_scan(
 
     Source: VMamba's SS2D (arXiv:2401.10166) with Mamba's recurrence (arXiv:2312.00752); the hold mask is ours.
     """
-    _check(u, delta, A, B, C, D, delta_bias, hold)
+    checks.expect_tensors(OP, u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
+    if hold is not None:
+        _expect_mask(hold)
     u, delta, B, C = checks.activations(OP, u, delta=delta, B=B, C=C)
     A, D, delta_bias = checks.parameters(u, A, D, delta_bias)
     return torch.ops.ssmamba.directional_scan(u, delta, A, B, C, D, delta_bias, hold)
 
 
+def _expect_mask(hold) -> None:
+    if not isinstance(hold, Tensor) or hold.dtype != torch.bool:
+        kind = hold.dtype if isinstance(hold, Tensor) else type(hold).__name__
+        raise TypeError(f"{OP}: hold must be a bool tensor, not {kind}; compare or cast it with .bool()")
+
+
 def _check(u, delta, A, B, C, D, delta_bias, hold) -> None:
+    """Run by the operator itself: scripted and exported models call it without the public function."""
     checks.expect_tensors(OP, u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
+    checks.expect_operator_dtypes(OP, (u, delta, B, C), (A, D, delta_bias))
     checks.expect_dims(OP, "u", u, "B, H, W, D")
     checks.expect_dims(OP, "A", A, "K, D, N")
     batch, height, width, channels = u.shape
@@ -77,9 +87,7 @@ def _check(u, delta, A, B, C, D, delta_bias, hold) -> None:
     checks.expect_shape(OP, "D", D, "D,", (channels,))
     checks.expect_shape(OP, "delta_bias", delta_bias, "K, D", (DIRECTIONS, channels))
     if hold is not None:
-        if not isinstance(hold, Tensor) or hold.dtype != torch.bool:
-            kind = hold.dtype if isinstance(hold, Tensor) else type(hold).__name__
-            raise TypeError(f"{OP}: hold must be a bool tensor, not {kind}; compare or cast it with .bool()")
+        _expect_mask(hold)
         if hold.device != u.device:
             raise ValueError(f"{OP}: hold is on {hold.device}, but u is on {u.device}; move them to one device")
         checks.expect_shape(OP, "hold", hold, "B, H, W", (batch, height, width))
@@ -87,6 +95,7 @@ def _check(u, delta, A, B, C, D, delta_bias, hold) -> None:
 
 @torch.library.custom_op("ssmamba::directional_scan", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 def _forward(u, delta, A, B, C, D, delta_bias, hold):
+    _check(u, delta, A, B, C, D, delta_bias, hold)
     if u.numel() == 0:
         return u.new_empty(u.shape)
     return select(OP, u, A.shape[2]).directional_scan(u, delta, A, B, C, D, delta_bias, hold)
@@ -94,6 +103,7 @@ def _forward(u, delta, A, B, C, D, delta_bias, hold):
 
 @_forward.register_fake
 def _(u, delta, A, B, C, D, delta_bias, hold):
+    _check(u, delta, A, B, C, D, delta_bias, hold)
     return u.new_empty(u.shape)
 
 
@@ -103,6 +113,8 @@ def _(u, delta, A, B, C, D, delta_bias, hold):
     schema=f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(grad, u, delta, A, B, C, D, delta_bias, hold):
+    _check(u, delta, A, B, C, D, delta_bias, hold)
+    checks.expect_gradient(OP, grad, u)
     inputs = (u, delta, A, B, C, D, delta_bias)
     if u.numel() == 0:
         return zeros_like_inputs(inputs)

@@ -45,7 +45,8 @@ def selective_scan(
         delta: (B, D, L), dtype of u.
         A: (D, N).
         B: (B, N, L), or (B, G, N, L) with G dividing D: group g serves channels g*D/G to (g+1)*D/G - 1; or (D, N),
-            the same at all times. dtype of u.
+            the same at all times: rounded to the dtype of u, and slow, as every channel is then a group of its own.
+            dtype of u.
         C: like B.
         D: (D,) skip weight.
         z: (B, D, L) gate, dtype of u.
@@ -65,8 +66,7 @@ def selective_scan(
     checks.expect_tensors(OP, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     checks.expect_dims(OP, "u", u, "B, D, L")
     checks.expect_dims(OP, "A", A, "D, N")
-    B, C = _grouped("B", B, u, A), _grouped("C", C, u, A)
-    _check(u, delta, A, B, C, D, z, delta_bias)
+    B, C = _same_groups(_grouped("B", B, u, A), _grouped("C", C, u, A))
     u, delta, B, C, z = checks.activations(OP, u, delta=delta, B=B, C=C, z=z)
     A, D, delta_bias = checks.parameters(u, A, D, delta_bias)
     y, state = torch.ops.ssmamba.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
@@ -84,7 +84,21 @@ def _grouped(name: str, x: Tensor, u: Tensor, A: Tensor) -> Tensor:
     return x
 
 
+def _same_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """One of them may serve all channels while the other has groups, or is constant in time."""
+    if B.shape[1] == 1 and C.shape[1] > 1:
+        B = B.expand(-1, C.shape[1], -1, -1)
+    elif C.shape[1] == 1 and B.shape[1] > 1:
+        C = C.expand(-1, B.shape[1], -1, -1)
+    return B, C
+
+
 def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
+    """Run by the operator itself: scripted and exported models call it without the public function."""
+    checks.expect_tensors(OP, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    checks.expect_operator_dtypes(OP, (u, delta, B, C, z), (A, D, delta_bias))
+    for name, x, layout in (("u", u, "B, D, L"), ("A", A, "D, N"), ("B", B, "B, G, N, L"), ("C", C, "B, G, N, L")):
+        checks.expect_dims(OP, name, x, layout)
     batch, channels, length = u.shape
     states = A.shape[1]
     if states < 1:
@@ -110,6 +124,7 @@ def _state_dtype(u: Tensor) -> torch.dtype:
 
 @torch.library.custom_op("ssmamba::selective_scan", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
 def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    _check(u, delta, A, B, C, D, z, delta_bias)
     if u.numel() == 0:
         return u.new_empty(u.shape), A.new_zeros(u.shape[0], *A.shape, dtype=_state_dtype(u))
     backend = select(OP, u, A.shape[1])
@@ -118,6 +133,7 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
 
 @_forward.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    _check(u, delta, A, B, C, D, z, delta_bias)
     return u.new_empty(u.shape), A.new_empty(u.shape[0], *A.shape, dtype=_state_dtype(u))
 
 
@@ -128,6 +144,9 @@ def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    _check(u, delta, A, B, C, D, z, delta_bias)
+    checks.expect_gradient(OP, grad, u)
+    checks.expect_shape(OP, "the state's gradient", grad_state, "B, D, N", (u.shape[0], *A.shape))
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     if u.numel() == 0:
         return zeros_like_inputs(inputs)

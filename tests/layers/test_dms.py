@@ -232,3 +232,23 @@ def test_lpr_is_translation_invariant_inside_the_map():
     x[:, 3:6, 3:6] = torch.randn(3, 3, 4)
     with torch.no_grad():
         torch.testing.assert_close(lpr(x.roll((4, 2), (1, 2))), lpr(x).roll((4, 2), (1, 2)))
+
+
+@pytest.mark.parametrize("scales", [(1,), (2,), (1, 2)])
+@pytest.mark.parametrize(
+    ("hold", "error", "message"),
+    [
+        (torch.ones(1, 4, 4, dtype=torch.uint8), TypeError, "hold must be a bool tensor, not torch.uint8"),
+        (torch.ones(1, 4, 4), TypeError, "hold must be a bool tensor, not torch.float32"),
+        (torch.ones(1, 3, 3, dtype=torch.bool), ValueError, r"hold has shape \(1, 3, 3\), expected .* \(1, 4, 4\)"),
+    ],
+)
+def test_a_hold_mask_that_does_not_fit(scales, hold, error, message):
+    with pytest.raises(error, match=message):
+        DMS(16, scales)(torch.randn(1, 4, 4, 16), hold)
+
+
+@pytest.mark.parametrize("arguments", [{"d_state": 2.0}, {"d_state": 0}, {"dt_rank": -1}, {"dim": 0}])
+def test_sizes_that_cannot_be(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        DMS(**({"dim": 16} | arguments))

@@ -286,3 +286,29 @@ def test_variants_by_keyword(key, value):
     model = small(**{key: value}).train()
     model(image()).sum().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "head" not in n)
+
+
+def test_stages_of_equal_width_are_downsampled_too():
+    backbone = small(dims=(16, 16, 32, 32), features_only=True)
+    sizes = [m.shape[1] for m in backbone(image(64, 64))]
+    assert sizes == [64 // r for r in backbone.feature_info.reduction()] == [16, 8, 4, 2]
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 2.0])
+def test_a_drop_path_rate_that_cannot_be(rate):
+    with pytest.raises(ValueError, match="drop_path_rate"):
+        small(drop_path_rate=rate)
+
+
+def test_a_scripted_model_under_autocast_is_close_to_the_eager_one(model):
+    scripted = torch.jit.script(small())
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(scripted(image()).float(), model(image()).float(), atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("name", ["test_ssmamba.nope", "test_ssmamba.", "ssmamba_huge"])
+def test_names_and_weights_that_there_are_not(name):
+    import ssmamba_models
+
+    with pytest.raises(ValueError, match=r"ssmamba"):
+        ssmamba_models.create_model(name)

@@ -181,3 +181,11 @@ def test_causal_conv1d_is_torchs_convolution(taps, fast_backend):
     want = F.conv1d(x, weight[:, None], bias, padding=taps - 1, groups=x.shape[1])[..., :23]
     torch.testing.assert_close(ops.causal_conv1d(x, weight, bias), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ops.causal_conv1d(x, weight, bias, "silu"), F.silu(want), rtol=1e-5, atol=1e-5)
+
+
+def test_a_constant_B_goes_with_a_C_that_varies(backend):
+    inputs = MAKERS["selective_scan"](length=7, channels=6, states=2, groups=1)
+    constant = torch.randn(6, 2, generator=torch.Generator().manual_seed(3))
+    every_step = constant[None, :, :, None].expand(inputs["u"].shape[0], -1, -1, 7)
+    wanted = ops.selective_scan(**(inputs | {"B": every_step, "C": inputs["C"].expand(-1, 6, -1, -1)}))
+    torch.testing.assert_close(ops.selective_scan(**(inputs | {"B": constant})), wanted)
