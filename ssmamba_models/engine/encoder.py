@@ -17,6 +17,7 @@ from timm.models import get_pretrained_cfg, is_model, load_state_dict
 from torch import nn
 
 from ssmamba_models._version import __version__
+from ssmamba_models.models.ssmamba import SSMamba, checkpoint_filter_fn
 
 
 class RandomWeightsWarning(UserWarning):
@@ -213,6 +214,9 @@ def _load_checkpoint(network: nn.Module, checkpoint: str | os.PathLike) -> None:
             f"the checkpoint {path!r} is not a safe weight file ({_first_line(error)}); "
             "expected .safetensors, or a .pth that holds tensors alone"
         ) from error
+    if isinstance(state, Mapping) and isinstance(network, SSMamba):
+        # timm unwraps one level and knows one prefix; our models are trained inside more.
+        state = checkpoint_filter_fn(state, network)
     if not isinstance(state, Mapping) or not all(torch.is_tensor(value) for value in state.values()):
         raise ValueError(f"the checkpoint {path!r} holds no state dict (names -> tensors)")
     encoder_state = {key: value for key, value in state.items() if not _is_classifier(network, key)}

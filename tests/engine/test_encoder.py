@@ -82,6 +82,20 @@ def test_a_checkpoint_of_a_classifier_loads_without_its_head(classifier, tmp_pat
     assert (provenance["weights"], provenance["checkpoint"]) == ("checkpoint", path.name)
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "encoder.", "module.encoder."])
+@pytest.mark.parametrize("nest", [(), ("state_dict",), ("model",), ("state_dict_ema",), ("state_dict", "model")])
+def test_a_checkpoint_of_ours_that_a_trainer_wrapped(tmp_path, prefix, nest):
+    torch.manual_seed(7)
+    trained = timm.create_model(OURS, num_classes=3)
+    state = {f"{prefix}{key}": value for key, value in trained.state_dict().items()}
+    for key in nest:
+        state = {key: state, "epoch": 3}
+    torch.save(state, tmp_path / "m.pth")
+    encoder = load_encoder(OURS, checkpoint=tmp_path / "m.pth")
+    trained.reset_classifier(0)
+    assert weights_sha256(encoder.model) == weights_sha256(trained)
+
+
 class TestBadCheckpoints:
     def test_missing(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"no\.pth.*does not exist"):
