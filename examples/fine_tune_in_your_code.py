@@ -36,6 +36,8 @@ def run_epoch(model, loader, targets, optimizer=None, schedule=None):
     model.train(optimizer is not None)
     total_loss, hits, count = 0.0, 0, 0
     for batch in loader:
+        if batch.images is None:  # no tile of this batch can be read
+            continue
         target = targets[batch.indices]
         with torch.set_grad_enabled(optimizer is not None):
             logits = model(batch.images)
@@ -48,6 +50,8 @@ def run_epoch(model, loader, targets, optimizer=None, schedule=None):
         total_loss += loss.item() * len(target)
         hits += (logits.argmax(dim=1) == target).sum().item()
         count += len(target)
+    if count == 0:
+        raise SystemExit("no tile can be read for " + ("training" if optimizer is not None else "validation"))
     return total_loss / count, hits / count
 
 
@@ -56,11 +60,13 @@ def fine_tune(folder, name, epochs, size, batch_size=16):
     tiles = find_tiles(folder)
     if tiles.labels is None:
         raise SystemExit(f"{folder} needs one folder per class, with every tile in one of them")
+    if len(tiles) < 2:
+        raise SystemExit(f"{folder} needs two tiles or more: one to train on, one to validate with")
     classes = sorted(set(tiles.labels))
     targets = torch.tensor([classes.index(label) for label in tiles.labels])
     model = timm.create_model(name, num_classes=len(classes), drop_path_rate=0.05)
     train, val = split(tiles, size, model)
-    loader = DataLoader(train, batch_size, shuffle=True, drop_last=True, collate_fn=collate_tiles)
+    loader = DataLoader(train, batch_size, shuffle=True, collate_fn=collate_tiles)
     val_loader = DataLoader(val, batch_size, collate_fn=collate_tiles)
     # Early layers learn more slowly: 0.65 is the usual decay for a pretrained encoder.
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.65)

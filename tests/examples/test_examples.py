@@ -1,6 +1,7 @@
 """Each example runs on images that it makes, and on a folder given; small models keep that quick."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -74,6 +75,41 @@ def test_tile_features_of_a_folder_without_classes(run, labelled_tiles, tmp_path
 def test_fine_tuning(run):
     out = run("fine_tune_in_your_code", "--model", "test_ssmamba", "--size", "64", "--epochs", "2")
     assert "epoch 2: loss" in out
+
+
+@pytest.fixture
+def few_tiles(tmp_path, labelled_tiles):
+    """Three classes of three tiles: fewer than a batch; to be spoiled at will."""
+    return shutil.copytree(labelled_tiles, tmp_path / "few")
+
+
+FINE_TUNE = ("fine_tune_in_your_code", "--model", "test_ssmamba", "--size", 64, "--epochs", 1, "--folder")
+
+
+def test_fine_tuning_on_fewer_tiles_than_a_batch(run, few_tiles):
+    assert "epoch 1: loss" in run(*FINE_TUNE, few_tiles)
+
+
+def test_fine_tuning_skips_a_batch_of_which_no_tile_can_be_read(run, few_tiles):
+    bad = few_tiles / "a_class_sorted_first"
+    bad.mkdir()
+    for index in range(4 * 16):  # every fourth is for validation: its first batch of 16 holds nothing else
+        (bad / f"{index:02}.png").write_text("no image")
+    assert "epoch 1: loss" in run(*FINE_TUNE, few_tiles)
+
+
+def test_fine_tuning_where_no_tile_can_be_read(run, few_tiles):
+    for path in few_tiles.rglob("*.png"):
+        path.write_text("no image")
+    with pytest.raises(SystemExit, match="no tile can be read for training"):
+        run(*FINE_TUNE, few_tiles)
+
+
+def test_fine_tuning_on_a_single_tile(run, few_tiles):
+    for path in sorted(few_tiles.rglob("*.png"))[1:]:
+        path.unlink()
+    with pytest.raises(SystemExit, match="two tiles or more"):
+        run(*FINE_TUNE, few_tiles)
 
 
 def test_fine_tuning_needs_classes(run, labelled_tiles):
