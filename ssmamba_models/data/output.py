@@ -20,10 +20,13 @@ def check_output(path: str | os.PathLike, overwrite: bool = False) -> Path:
         The path.
 
     Raises:
+        ValueError: the path is empty.
         FileExistsError: the file exists and may not be replaced.
         FileNotFoundError: its folder does not exist (no folder is created: it may be a misspelling).
         NotADirectoryError, IsADirectoryError, PermissionError, OSError: it cannot be written there.
     """
+    if not os.fspath(path):
+        raise ValueError("the output's name (--out, out=...) is empty; name the file to write")
     out = Path(path)
     folder = out.parent
     try:
@@ -34,8 +37,7 @@ def check_output(path: str | os.PathLike, overwrite: bool = False) -> Path:
         ) from error
     if out.exists() and not overwrite:
         raise FileExistsError(
-            f"the output {str(out)!r} exists; replace it with --overwrite (overwrite=True) "
-            "or choose another name"
+            f"the output {str(out)!r} exists; replace it with --overwrite (overwrite=True) or choose another name"
         )
     _probe_writing(folder)
     return out

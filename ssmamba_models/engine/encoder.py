@@ -168,11 +168,12 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        # Reading a result tells a device that computes from one that only knows shapes (meta).
+        (torch.ones(1, device=place) + 1).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(
-            f"device {str(device)!r} cannot be used ({reason}); use --device cpu, `ssmamba doctor` says more"
+            f"device {str(device)!r} cannot be used ({_first_line(error)}); use --device cpu, "
+            "`ssmamba doctor` says more"
         ) from error
     return place
 

@@ -59,8 +59,9 @@ def test_existing_output(ssmamba, labelled_tiles, tmp_path):
         (["{tmp}", "--out", "{tmp}/f.h5"], "no tile found"),
         (["{tiles}", "--out", "{tmp}/no/f.h5"], "mkdir -p"),
         (["{tiles}", "--out", "{tmp}/f.h5", "--model", "ssmamba_smal"], "unknown model 'ssmamba_smal'; did you mean"),
-        (["{tiles}", "--out", "{tmp}/f.h5", "--batch-size", "0"], "batch_size is 0"),
+        (["{tiles}", "--out", ""], "--out, out=...) is empty"),
         (["{tiles}", "--out", "{tmp}/f.h5", "--device", "cuda:99"], "--device cpu"),
+        (["{tiles}", "--out", "{tmp}/f.h5", "--device", "meta"], "--device cpu"),
         (["{tiles}", "--out", "{tmp}/f.h5", "--pretrained", "--model", "test_ssmamba"], "no published weights"),
         (["{tiles}", "--out", "{tmp}/f.h5", "--checkpoint", "{tmp}/m.pth"], "m.pth' does not exist"),
     ],
@@ -72,6 +73,23 @@ def test_bad_input_is_one_line_and_leaves_nothing(ssmamba, labelled_tiles, tmp_p
     assert result.stderr.startswith("Error: ")
     assert len(result.stderr.splitlines()) == 1
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--batch-size", 0), ("--workers", -1), ("--img-size", 0), ("--seed", -1), ("--seed", 10**23)],
+)
+def test_a_number_out_of_range_names_its_option(ssmamba, labelled_tiles, tmp_path, option, value):
+    result = ssmamba("embed", labelled_tiles, "--out", tmp_path / "f.h5", *QUICK, option, value)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}': {value} is not in the range" in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_largest_seed(ssmamba, labelled_tiles, tmp_path):
+    result = ssmamba("embed", labelled_tiles, "--out", tmp_path / "f.h5", *QUICK, "--seed", 2**63 - 1)
+    assert result.exit_code == 0, result.output
+    assert read_features(tmp_path / "f.h5").attributes["seed"] == 2**63 - 1
 
 
 def test_h5py_missing_is_said_before_anything_else(ssmamba, labelled_tiles, tmp_path, monkeypatch):

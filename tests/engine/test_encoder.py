@@ -166,7 +166,7 @@ def test_two_sources_of_weights():
         load_encoder(VIT, pretrained=True, checkpoint="m.pth")
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "hpu"])
 def test_unusable_device(device):
     with pytest.raises(ValueError, match=f"device '{device}' cannot be used.*--device cpu"):
         load_encoder(VIT, device=device)
