@@ -10,7 +10,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TRAIN_CLASSES = 10  # a training step needs a head; so small a one takes no time
 
 
@@ -23,7 +23,7 @@ class StepSpec:
         size: height and width of the images, in pixels.
         batch_size: images in the batch.
         device: "cpu" or "cuda".
-        dtype: "float32", or "bfloat16"/"float16" for autocast over float32 weights.
+        dtype: "float32", or "bfloat16" for autocast over float32 weights.
         train: forward, cross-entropy, backward and AdamW step; otherwise pooled features in inference mode.
         channels_last: lay images and convolution weights out as NHWC.
         compiled: run through torch.compile.

@@ -16,10 +16,15 @@ from ssmamba_models.data.tiles import read_tile
 from ssmamba_models.engine.encoder import Encoder, load_encoder
 from ssmamba_models.evaluation.token_map import draw_token_map, token_grid
 
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
+_FORMATS = ", ".join(_SUFFIXES)
+
 
 @click.command()
 @click.argument("image", type=click.Path(), required=False)
-@click.option("--out", default="ssmamba_demo.png", show_default=True, type=click.Path(), help="PNG to write.")
+@click.option(
+    "--out", default="ssmamba_demo.png", show_default=True, type=click.Path(), help=f"Picture to write ({_FORMATS})."
+)
 @click.option("--model", default="ssmamba_small", show_default=True, help="Ours, or any timm name.")
 @click.option("--pretrained", is_flag=True, help="Use the model's published weights.")
 @click.option("--checkpoint", type=click.Path(), help="Use the weights of this .safetensors or .pth file.")
@@ -63,8 +68,8 @@ def command(
 
 
 def _check_picture(out: str) -> None:
-    if Path(out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp"):
-        raise ValueError(f"the picture {out!r} needs a suffix that names its format, such as .png")
+    if Path(out).suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"the picture {out!r} needs a suffix that names its format: {_FORMATS}")
     check_output(out, overwrite=True)
 
 

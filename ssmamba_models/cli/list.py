@@ -19,7 +19,7 @@ _SIDE = 224
 @click.argument("pattern", metavar="[FILTER]", default="*")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(pattern: str, as_json: bool) -> None:
-    """List the models whose name contains FILTER (or matches it, where it holds * or ?).
+    """List the models whose name contains FILTER (or matches it, where it holds * or ?), in upper or lower case.
 
     Parameters and GMACs are those of the encoder (num_classes=0), GMACs for one image of 224 x 224 px.
     """
@@ -30,7 +30,7 @@ def command(pattern: str, as_json: bool) -> None:
 def _matching(pattern: str) -> list[str]:
     names = ssmamba_models.list_models()
     wild = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
-    found = fnmatch.filter(names, wild)
+    found = [name for name in names if fnmatch.fnmatchcase(name.lower(), wild.lower())]
     if not found:
         raise ValueError(f"no model matches {pattern!r}; there are: {', '.join(names)}")
     return found

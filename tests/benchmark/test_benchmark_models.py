@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ssmamba_models.benchmark import models
+from ssmamba_models.benchmark import model_step, models
 from ssmamba_models.benchmark.memory import measure_peak_mib
 from ssmamba_models.benchmark.model_step import ModelStep, StepSpec
 from ssmamba_models.benchmark.models import ModelsPlan, format_models, run_models
@@ -60,6 +60,10 @@ def test_training_steps_move_the_weights():
     before = [p.detach().clone() for p in step.model.parameters()]
     step()
     assert any((p != old).any() for p, old in zip(step.model.parameters(), before))
+
+
+def test_a_step_knows_the_dtypes_that_a_plan_may_ask_for():
+    assert tuple(model_step.DTYPES) == models.DTYPES
 
 
 def test_training_and_bfloat16_are_measured():

@@ -31,6 +31,15 @@ def test_with_an_image_and_a_point_and_over_an_older_picture(ssmamba, tmp_path):
         assert str(image) in result.stdout
 
 
+def test_help_names_the_formats_and_each_is_written(ssmamba, tmp_path):
+    said = ssmamba("demo", "--help").stdout
+    for suffix in (".png", ".jpg", ".tif", ".webp"):
+        assert suffix in said
+        result = ssmamba("demo", "--out", tmp_path / f"o{suffix}", *QUICK)
+        assert result.exit_code == 0, result.output
+        assert Image.open(tmp_path / f"o{suffix}").width > 3 * 512
+
+
 def test_a_model_of_timm(ssmamba, tmp_path):
     result = ssmamba("demo", "--out", tmp_path / "o.png", "--model", "test_vit", "--img-size", 160)
     assert result.exit_code == 0, result.output

@@ -47,6 +47,11 @@ def test_a_filter_is_a_part_of_the_name_or_a_pattern(ssmamba):
     assert list(rows(ssmamba("list", "*_b?se", "--json"))) == ["ssmamba_base"]
 
 
+@pytest.mark.parametrize("pattern", ["TINY", "SSMamba_T*"])
+def test_a_filter_is_of_either_case(ssmamba, pattern):
+    assert list(rows(ssmamba("list", pattern, "--json"))) == ["ssmamba_tiny"]
+
+
 def test_a_filter_that_matches_nothing_names_what_there_is(ssmamba):
     result = ssmamba("list", "huge")
     assert result.exit_code == 2
