@@ -12,7 +12,7 @@ An independent implementation of the published description of SSMamba (arXiv:260
 # script such a graph, knows the class Tensor but not its name.
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClNormMlpClassifierHead, DropPath, LayerNorm, Mlp, trunc_normal_
+from timm.layers import ClNormMlpClassifierHead, DropPath, LayerNorm, Mlp, register_notrace_module, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from ssmamba_models.layers import DMS, LPR
 
 __all__ = ["SSMamba"]
+
+INNER_ELEMENTS = 2**20  # of an MLP's inner activations at a time: 4 MB in float32
 
 
 class Stem(nn.Module):
@@ -58,8 +60,12 @@ class Downsample(nn.Module):
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
+@register_notrace_module  # one node for torch.fx: how it works depends on the tensor
 class Block(nn.Module):
     """LPR, then DMS and MLP, each normalised first and added to its input.
+
+    In inference on a CPU the MLP takes the tokens in pieces that stay in the caches: its inner activations are four
+    times as wide as its input, and as whole maps they cost page faults and memory traffic (4 to 12 % of a forward).
 
     Args:
         mlp_ratio: hidden width of the MLP over its width.
@@ -89,12 +95,30 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, **dd)
         # timm builds on a given device and dtype only from 1.0.21 on; to() serves the older ones too.
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop).to(**dd)
+        self.piece = max(1, INNER_ELEMENTS // max(1, int(dim * mlp_ratio)))
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, hold: Tensor | None = None) -> Tensor:
         x = self.lpr(x)
         x = x + self.drop_path1(self.dms(self.norm1(x), hold))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        if torch.jit.is_scripting() or not self._in_pieces(x):
+            return x + self.drop_path2(self.mlp(self.norm2(x)))
+        return self._mlp_in_pieces(x)
+
+    @torch.jit.ignore
+    def _in_pieces(self, x: Tensor) -> bool:
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+            return False
+        # Under autocast the pieces' dtype would not be the map's.
+        return not torch.is_autocast_enabled("cpu") and x[..., 0].numel() > self.piece
+
+    @torch.jit.ignore
+    def _mlp_in_pieces(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        out = torch.empty_like(tokens)
+        for piece, result in zip(tokens.split(self.piece), out.split(self.piece)):
+            torch.add(piece, self.mlp(self.norm2(piece)), out=result)
+        return out.view(x.shape)
 
 
 class Stage(nn.Module):

@@ -312,3 +312,15 @@ def test_names_and_weights_that_there_are_not(name):
 
     with pytest.raises(ValueError, match=r"ssmamba"):
         ssmamba_models.create_model(name)
+
+
+def test_inference_in_pieces_is_inference():
+    """Without gradients the MLPs take many tokens in pieces; with them, all at once."""
+    model = small(dims=(16, 256, 16, 16)).eval()
+    x = image(160, 168, batch=8)
+    piece = model.stages[1].blocks[0].piece
+    assert 8 * 20 * 21 > piece > 1  # the second stage's tokens, at stride 8
+    whole = model(x)
+    with torch.inference_mode():
+        pieces = model(x)
+    torch.testing.assert_close(pieces, whole.detach(), atol=1e-5, rtol=1e-5)
