@@ -33,10 +33,14 @@ def unsupported(op: str, dtype: torch.dtype, states: int) -> str:
 
 
 class View(ctypes.Structure):
+    """A tensor that is read in place: its address and its strides, in elements."""
+
     _fields_ = (("data", ptr), ("batch", i64), ("pixel", i64))
 
 
 class DirectionalArgs(ctypes.Structure):
+    """The struct of that name in directional.c."""
+
     _fields_ = (
         *((name, i64) for name in ("batch", "height", "width", "channels", "states", "dtype")),
         *((name, View) for name in ("u", "delta", "B", "C", "grad")),
@@ -45,6 +49,8 @@ class DirectionalArgs(ctypes.Structure):
 
 
 class SelectiveArgs(ctypes.Structure):
+    """The struct of that name in selective.c."""
+
     _fields_ = (
         *((name, i64) for name in ("batch", "channels", "length", "states", "groups", "dtype", "softplus")),
         *((name, ptr) for name in ("u", "delta", "z", "grad", "A", "B", "C", "D", "bias", "grad_state", "y", "state")),
@@ -53,6 +59,8 @@ class SelectiveArgs(ctypes.Structure):
 
 
 class ConvArgs(ctypes.Structure):
+    """The struct of that name in conv1d.c."""
+
     _fields_ = (
         *((name, i64) for name in ("batch", "channels", "length", "taps", "dtype", "silu")),
         *((name, ptr) for name in ("x", "grad", "weight", "bias", "y", "dx", "dweight", "dbias")),

@@ -36,6 +36,7 @@ def launch(
 
 
 def named(prefix: str, names: tuple[str, ...], values: tuple[int, ...]) -> dict[str, int]:
+    """Values under the names `prefix_name`, as the kernels call them."""
     return {f"{prefix}_{name}": value for name, value in zip(names, values, strict=True)}
 
 

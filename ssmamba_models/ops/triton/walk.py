@@ -63,10 +63,12 @@ def cut(walk: Walk, states: int, backward: bool) -> Cut:
 
 
 def chunks_of(walk: Walk, tile: Cut) -> int:
+    """How many chunks an image is cut into, over all its lines."""
     return walk.lines * -(-walk.length // tile.steps)
 
 
 def programs_of(walk: Walk, tile: Cut) -> int:
+    """How many programs a launch over all images, groups, chunks and channels takes."""
     tiles = -(-chunks_of(walk, tile) // tile.rows)
     return walk.batch * walk.groups * tiles * -(-walk.group_channels // tile.block)
 
