@@ -14,6 +14,10 @@ COMMANDS = {
     "list": ("list", "List the models and their sizes."),
     "doctor": ("doctor", "Check this installation and say how to mend it."),
     "embed": ("embed", "Turn a folder of tiles into one HDF5 file of features."),
+    "pretrain": ("pretrain", "Pretrain an encoder on your tiles, without labels."),
+    "finetune": ("finetune", "Train a classifier on your labelled tiles."),
+    "evaluate": ("evaluate", "Score encoders on labelled tiles: probes, kNN, few shots."),
+    "publish": ("publish", "Put trained weights on the Hugging Face Hub."),
     "demo": ("demo", "Create a model, embed an image and draw what it sees."),
     "benchmark": ("benchmark", "Measure the scans and the models on this machine."),
 }

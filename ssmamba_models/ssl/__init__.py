@@ -1,0 +1,1 @@
+"""Tile-level self-supervision: modules that turn views of tiles into losses."""
