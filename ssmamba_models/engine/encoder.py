@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import get_pretrained_cfg, is_model, load_state_dict
+from timm.models import get_pretrained_cfg, is_model
 from torch import nn
 
 from ssmamba_models._version import __version__
-from ssmamba_models.models.ssmamba import SSMamba, checkpoint_filter_fn
+from ssmamba_models.engine.weights import (
+    RUN_WEIGHTS,
+    find_weights,
+    first_line,
+    fit_weights,
+    read_weights,
+    weights_sha256,
+)
 
 
 class RandomWeightsWarning(UserWarning):
@@ -95,11 +102,13 @@ def load_encoder(
     Args:
         model: a timm name, such as "ssmamba_small" or "vit_small_patch16_224.augreg_in1k".
         pretrained: load the published weights of that name.
-        checkpoint: load the weights of this file (.safetensors, .pth, .pt or .bin) instead.
+        checkpoint: load the weights of this file (.safetensors, .pth, .pt or .bin), or of the folder of a
+            run of `ssmamba pretrain` or `ssmamba finetune`, instead.
         device: "cpu", "cuda", "cuda:1", ...; None takes a GPU where there is one.
         bf16: run under bfloat16 autocast, features good to about 2 digits. Faster on GPUs; a CPU without
             AVX512-BF16 or AMX emulates it and takes several times as long.
-        img_size: side of the square input in pixels; None takes the model's own.
+        img_size: side of the square input in pixels; None takes the size that the checkpoint's run was
+            trained at, where the file says one, else the model's own.
         seed: makes random weights the same in each run; unused where weights are loaded.
 
     Returns:
@@ -118,9 +127,12 @@ def load_encoder(
         raise ValueError("--pretrained and --checkpoint exclude each other: the weights come from one of them")
     _check_name(model)
     place = _resolve_device(device)
+    source = None if checkpoint is None else find_weights(checkpoint)
+    state, metadata = ({}, {}) if source is None else read_weights(source)
+    img_size = _trained_size(metadata, source) if img_size is None else img_size
     network = _create(model, pretrained, img_size, seed)
-    if checkpoint is not None:
-        _load_checkpoint(network, checkpoint)
+    if source is not None:
+        fit_weights(network, state, metadata, source)
     elif not pretrained:
         warnings.warn(
             f"features come from random weights of {model} (seed {seed}); use --pretrained (pretrained=True) "
@@ -139,7 +151,7 @@ def load_encoder(
         data_config=data_config,
         device=place,
         bf16=bf16,
-        weights=_describe_weights(network, pretrained, checkpoint, seed),
+        weights=_describe_weights(network, pretrained, source, seed),
     )
 
 
@@ -172,7 +184,7 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
         (torch.ones(1, device=place) + 1).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(
-            f"device {str(device)!r} cannot be used ({_first_line(error)}); use --device cpu, "
+            f"device {str(device)!r} cannot be used ({first_line(error)}); use --device cpu, "
             "`ssmamba doctor` says more"
         ) from error
     return place
@@ -192,61 +204,9 @@ def _create(model: str, pretrained: bool, img_size: int | None, seed: int) -> nn
             if not pretrained and ":" not in model:
                 raise
             raise OSError(
-                f"the weights of {model} cannot be loaded ({_first_line(error)}); `ssmamba doctor` checks "
+                f"the weights of {model} cannot be loaded ({first_line(error)}); `ssmamba doctor` checks "
                 "the hub's settings and cache, --checkpoint FILE takes weights that you have"
             ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _load_checkpoint(network: nn.Module, checkpoint: str | os.PathLike) -> None:
-    path = os.fspath(checkpoint)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"the checkpoint {path!r} does not exist (or is a folder)")
-    try:
-        # weights_only: a checkpoint is data, and must not run code.
-        state = load_state_dict(path, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"the checkpoint {path!r} is not a safe weight file ({_first_line(error)}); "
-            "expected .safetensors, or a .pth that holds tensors alone"
-        ) from error
-    if isinstance(state, Mapping) and isinstance(network, SSMamba):
-        # timm unwraps one level and knows one prefix; our models are trained inside more.
-        state = checkpoint_filter_fn(state, network)
-    if not isinstance(state, Mapping) or not all(torch.is_tensor(value) for value in state.values()):
-        raise ValueError(f"the checkpoint {path!r} holds no state dict (names -> tensors)")
-    encoder_state = {key: value for key, value in state.items() if not _is_classifier(network, key)}
-    _fit_state(network, encoder_state, path)
-
-
-def _is_classifier(network: nn.Module, key: str) -> bool:
-    # An encoder has no classifier, a checkpoint of a trained classifier does: features do not need it.
-    names = network.pretrained_cfg.get("classifier") or ()
-    names = (names,) if isinstance(names, str) else names
-    return any(key.startswith(f"{name}.") for name in names)
-
-
-def _fit_state(network: nn.Module, state: Mapping[str, torch.Tensor], path: str) -> None:
-    own = network.state_dict()
-    missing = sorted(own.keys() - state.keys())
-    unexpected = sorted(state.keys() - own.keys())
-    reshaped = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
-    problems = [
-        f"{len(keys)} {kind} (first: {keys[0]})"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-        if keys
-    ]
-    if problems:
-        raise ValueError(
-            f"the checkpoint {path!r} does not fit the model: tensors {', '.join(problems)}; "
-            "was it made by another model?"
-        )
-    network.load_state_dict(state)
 
 
 def _measure_embed_dim(network: nn.Module, name: str, input_size: tuple[int, ...], device: torch.device) -> int:
@@ -256,7 +216,7 @@ def _measure_embed_dim(network: nn.Module, name: str, input_size: tuple[int, ...
             features = network(torch.zeros(1, *input_size, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(
-            f"{name} cannot take images of {input_size[1]} x {input_size[2]} px ({_first_line(error)}); "
+            f"{name} cannot take images of {input_size[1]} x {input_size[2]} px ({first_line(error)}); "
             "choose another --img-size"
         ) from error
     if features.ndim != 2:
@@ -264,27 +224,20 @@ def _measure_embed_dim(network: nn.Module, name: str, input_size: tuple[int, ...
     return features.shape[1]
 
 
-def _describe_weights(
-    network: nn.Module, pretrained: bool, checkpoint: str | os.PathLike | None, seed: int
-) -> dict[str, Any]:
+def _trained_size(metadata: Mapping[str, str], source: Path | None) -> int | None:
+    size = metadata.get("img_size")
+    if size is None:
+        return None
+    if not size.isdecimal() or int(size) == 0:
+        raise ValueError(f"the checkpoint {str(source)!r} says img_size {size!r}, expected pixels; give --img-size")
+    return int(size)
+
+
+def _describe_weights(network: nn.Module, pretrained: bool, source: Path | None, seed: int) -> dict[str, Any]:
     if pretrained:
         return {"weights": "pretrained", "pretrained_tag": network.pretrained_cfg.get("tag") or "default"}
-    if checkpoint is not None:
-        return {"weights": "checkpoint", "pretrained_tag": "none", "checkpoint": os.path.basename(checkpoint)}
+    if source is not None:
+        # Every run's file has the same name: its folder tells which run.
+        name = source.name if source.name != RUN_WEIGHTS else f"{source.resolve().parent.name}/{source.name}"
+        return {"weights": "checkpoint", "pretrained_tag": "none", "checkpoint": name}
     return {"weights": "random", "pretrained_tag": "none", "seed": seed}
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """The SHA-256 of a model's weights: name, dtype, shape and bytes of each tensor, in the order of names.
-
-    Args:
-        model: any module; parameters and persistent buffers count, the device does not.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
