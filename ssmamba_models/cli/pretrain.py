@@ -1,0 +1,81 @@
+"""`ssmamba pretrain`: an encoder from tiles, without labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ssmamba_models.engine.config import load_config, parse_setting
+from ssmamba_models.engine.loop import TrainResult
+from ssmamba_models.engine.methods import METHODS
+from ssmamba_models.engine.pretrain import PretrainConfig, pretrain
+
+
+@click.command()
+@click.option("--data", type=click.Path(), help="Folder of tiles, flat or nested; labels are not needed.")
+@click.option("--out", required=True, type=click.Path(), help="Run folder to write.")
+@click.option("--config", "config_file", type=click.Path(), help="YAML of settings, such as another run's config.yaml.")
+@click.option("--method", type=click.Choice(sorted(METHODS)), help="Default: mamim.")
+@click.option("--model", help="An ssmamba model. Default: ssmamba_small.")
+@click.option("--init", help="Weights to start from: none, pretrained, a file or a run folder. Default: none.")
+@click.option("--classes", multiple=True, help="Take the tiles of this class; may be repeated. Default: all.")
+@click.option("--split", help="Where the data has splits, take this one. Default: train.")
+@click.option("--epochs", type=int, help="Passes over the data. Default: 100.")
+@click.option("--batch-size", type=int, help="Tiles per step, over all processes. Default: 256.")
+@click.option("--accumulate", type=int, help="Cut a batch into so many parts, to need less memory. Default: 1.")
+@click.option("--lr", type=float, help="Peak learning rate. Default: 1.5e-4 * batch size / 256.")
+@click.option("--warmup-epochs", type=float, help="Epochs of rising learning rate. Default: a tenth.")
+@click.option("--img-size", type=int, help="Side of the input in pixels. Default: 224.")
+@click.option("--ema-decay", type=float, help="Keep and export an average of the weights with this decay.")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="Default: bf16 on GPUs that have it.")
+@click.option("--seed", type=int, help="Seed of weights, order and views. Default: 0.")
+@click.option("--workers", type=int, help="Processes that read tiles; 0: none. Default: by the machine.")
+@click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting; may be repeated.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out (started if there is none).")
+@click.option("--quiet", is_flag=True, help="No progress bar and no closing line.")
+@click.pass_context
+def command(ctx: click.Context, out: str, config_file: str | None, settings, resume: bool, quiet: bool, **options):
+    """Pretrain an encoder on your tiles, without labels.
+
+    OUT gets config.yaml (every setting), log.jsonl, tensorboard/, checkpoints/, reconstructions/ and
+    weights.safetensors, which `ssmamba embed --checkpoint` reads. Settings come from --config, then --set, then the
+    options.
+
+    \b
+    ssmamba pretrain --data tiles --model ssmamba_tiny --out run
+    ssmamba pretrain --resume --out run
+    ssmamba pretrain --config run/config.yaml --out run2 --set view_args.mask_ratio=0.6
+    accelerate launch --num_processes 4 -m ssmamba_models.cli.main pretrain ...
+
+    Exit code: 0 trained to the end, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM (with a checkpoint).
+    """
+    overrides = dict(map(parse_setting, settings))
+    overrides |= {key: value for key, value in options.items() if value not in (None, ())}
+    config = load_config(PretrainConfig, _source(config_file, out, resume), overrides)
+    result = pretrain(config, out, resume=resume, progress=not quiet)
+    _report(result, quiet)
+    if result.stopped_by is not None:
+        ctx.exit(128 + result.stopped_by)
+
+
+def _source(config_file: str | None, out: str, resume: bool) -> str | Path | None:
+    saved = Path(out) / "config.yaml"
+    return saved if config_file is None and resume and saved.exists() else config_file
+
+
+def _report(result: TrainResult, quiet: bool) -> None:
+    if result.unreadable:
+        click.echo(f"{len(result.unreadable)} tiles were unreadable and replaced by others; see log.jsonl", err=True)
+    if result.stopped_by is not None:
+        click.echo(
+            f"stopped after step {result.step} of {result.steps}, with a checkpoint; go on with --resume", err=True
+        )
+    elif not quiet:
+        click.echo(f"{result.step} steps{_loss(result.last)} -> {result.run}/weights.safetensors")
+
+
+def _loss(last: dict[str, Any]) -> str:
+    return f", loss {last['loss']:.4f} in the last epoch" if last else ""

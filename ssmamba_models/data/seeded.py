@@ -1,0 +1,176 @@
+"""Training data whose order and random views depend on the seed alone, not on workers, processes or interruptions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler, default_collate
+
+from ssmamba_models.data.tiles import TileFolder, read_tile
+
+
+def mixed_seed(*parts: int) -> int:
+    """One seed from several numbers: neighbouring numbers give unrelated seeds, below 2**63."""
+    text = " ".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
+    """The order in which an epoch visits its tiles.
+
+    Args:
+        count: N, the number of tiles.
+        seed, epoch: decide the order, and nothing else does.
+
+    Returns:
+        A permutation of 0..N-1, (N,) int64.
+    """
+    generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
+    return torch.randperm(count, generator=generator)
+
+
+class GlobalBatches(Sampler):
+    """The batches that one process reads, from any step to the end of the training: (epoch, tile) pairs.
+
+    Every step has one global batch, the same however many processes there are. It is cut into
+    `processes * accumulate` equal parts; this sampler yields this process's `accumulate` parts of each step, one after
+    the other. An epoch's last tiles, too few for a batch, are left out; the next epoch's order leaves out others.
+
+    Args:
+        count: number of tiles.
+        batch_size: tiles per step, over all processes and parts.
+        epochs: length of the training.
+        seed: of the order.
+        start: number of steps already done.
+        process, processes: which process of how many this is.
+        accumulate: parts per process.
+
+    Raises:
+        ValueError: fewer tiles than a batch, or a batch that cannot be cut evenly.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        start: int = 0,
+        process: int = 0,
+        processes: int = 1,
+        accumulate: int = 1,
+    ):
+        if count < batch_size:
+            tiles = "1 tile is" if count == 1 else f"{count} tiles are"
+            raise ValueError(
+                f"{tiles} fewer than one batch of {batch_size}; use --batch-size {count} or less, or more tiles"
+            )
+        if batch_size % (processes * accumulate):
+            raise ValueError(
+                f"batch_size is {batch_size}, expected a multiple of processes x accumulate = {processes} x "
+                f"{accumulate} = {processes * accumulate}; change --batch-size or --accumulate"
+            )
+        self.count, self.batch_size, self.seed, self.start = count, batch_size, seed, start
+        self.process, self.processes, self.accumulate = process, processes, accumulate
+        self.steps_per_epoch = count // batch_size
+        self.steps = self.steps_per_epoch * epochs
+
+    def __len__(self) -> int:
+        return (self.steps - self.start) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        part = self.batch_size // (self.processes * self.accumulate)
+        step = self.start
+        while step < self.steps:
+            epoch = step // self.steps_per_epoch
+            order = epoch_order(self.count, self.seed, epoch).tolist()
+            for place in range(step % self.steps_per_epoch, self.steps_per_epoch):
+                for micro in range(self.accumulate):
+                    first = place * self.batch_size + (micro * self.processes + self.process) * part
+                    yield [(epoch, index) for index in order[first : first + part]]
+            step = (epoch + 1) * self.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class SeededTile:
+    """What became of one tile.
+
+    Attributes:
+        views: what the transform made of it.
+        index: the tile shown; another than the one asked for where that was unreadable.
+        unreadable: (index, reason) of each tile that had to be passed over.
+    """
+
+    views: Any
+    index: int
+    unreadable: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class SeededBatch:
+    """The views of a batch, stacked, and what was unreadable on the way to them."""
+
+    views: Any
+    indices: list[int]
+    unreadable: list[tuple[int, str]]
+
+    def pin_memory(self) -> SeededBatch:
+        """Copy the views to page-locked memory (a `DataLoader` with `pin_memory=True` calls this)."""
+        pinned = torch.utils.data._utils.pin_memory.pin_memory(self.views)
+        return SeededBatch(pinned, self.indices, self.unreadable)
+
+
+class SeededTiles(Dataset):
+    """Tiles under random views that are a function of (seed, epoch, tile) alone.
+
+    An unreadable tile is replaced by the next readable one, so that every batch has its full size.
+
+    Args:
+        tiles: the tiles.
+        transform: (PIL RGB image, torch.Generator) -> tensors; draws from that generator alone. Or, where `labels` are
+            given, what it returns becomes `{"image": ..., "label": ...}`.
+        seed: of the views.
+        labels: N class indices, or None.
+    """
+
+    def __init__(
+        self, tiles: TileFolder, transform: Callable[..., Any], seed: int, labels: list[int] | None = None
+    ):
+        self.tiles, self.transform, self.seed, self.labels = tiles, transform, seed, labels
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def __getitem__(self, key: tuple[int, int]) -> SeededTile:
+        epoch, asked = key
+        unreadable = []
+        for index in (*range(asked, len(self)), *range(asked)):
+            try:
+                image = read_tile(self.tiles.root / self.tiles.paths[index])
+                views = self._views(image, epoch, index)
+            # MemoryError, OverflowError: what resizing raises for a shape that no memory holds.
+            except (OSError, ValueError, MemoryError, OverflowError) as error:
+                unreadable.append((index, " ".join(str(error).split()) or type(error).__name__))
+                continue
+            return SeededTile(views, index, tuple(unreadable))
+        path, reason = self.tiles.paths[unreadable[0][0]], unreadable[0][1]
+        raise ValueError(
+            f"none of the {len(self)} tiles in {str(self.tiles.root)!r} is readable (first: {path}: {reason})"
+        )
+
+    def _views(self, image: Any, epoch: int, index: int) -> Any:
+        views = self.transform(image, torch.Generator().manual_seed(mixed_seed(self.seed, epoch, index)))
+        return views if self.labels is None else {"image": views, "label": self.labels[index]}
+
+
+def collate_seeded(items: list[SeededTile]) -> SeededBatch:
+    """Stack a batch (the `collate_fn` of a `DataLoader` over `SeededTiles`)."""
+    return SeededBatch(
+        views=default_collate([item.views for item in items]),
+        indices=[item.index for item in items],
+        unreadable=[bad for item in items for bad in item.unreadable],
+    )

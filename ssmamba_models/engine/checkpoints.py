@@ -1,0 +1,144 @@
+"""Checkpoints: the complete state of a training in one file that is whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ssmamba_models.data.output import whole_file
+
+
+class Checkpoints:
+    """The checkpoints of a run, RUN/checkpoints/step-00001234.pt.
+
+    Args:
+        folder: made if missing when the first is written.
+        keep: how many of the newest are kept.
+    """
+
+    def __init__(self, folder: str | os.PathLike, keep: int = 2):
+        self.folder, self.keep = Path(folder), keep
+
+    def paths(self) -> list[Path]:
+        """Those that are there, oldest first."""
+        return sorted(self.folder.glob("step-*.pt"), key=lambda path: int(path.stem.removeprefix("step-")))
+
+    def save(self, step: int, state: Mapping[str, Any]) -> Path:
+        """Write one, then remove those beyond `keep` and those of later steps.
+
+        Args:
+            step: number of steps done.
+            state: tensors, numbers, strings, and lists and dicts of them.
+
+        Raises:
+            OSError: it cannot be written (the disk is full, ...); those there are untouched.
+        """
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / f"step-{step:08d}.pt"
+        with explained_writing(path, _size(state)), whole_file(path, overwrite=True) as part:
+            torch.save(dict(state), part)
+        sync_folder(self.folder)
+        there = self.paths()
+        # Later ones are damaged: the run went back behind them.
+        kept = there[: there.index(path) + 1][-self.keep :]
+        for other in there:
+            if other not in kept:
+                other.unlink(missing_ok=True)
+        return path
+
+    def load(self, tell: Callable[[str], None]) -> dict[str, Any] | None:
+        """Read the newest that is whole.
+
+        Args:
+            tell: called with a line for each damaged one that is passed over.
+
+        Returns:
+            The state, or None where there is no checkpoint.
+
+        Raises:
+            ValueError: there are checkpoints, and none can be read.
+        """
+        paths = self.paths()[::-1]
+        for path in paths:
+            try:
+                # weights_only: a checkpoint is data, and must not run code.
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                tell(f"the checkpoint {str(path)!r} is damaged ({reason}); going back to the one before")
+        if paths:
+            raise ValueError(
+                f"none of the {len(paths)} checkpoints in {str(self.folder)!r} can be read; start anew with "
+                "another --out"
+            )
+        return None
+
+    def clean(self) -> None:
+        """Remove what a killed process left half-written."""
+        for part in self.folder.glob(".step-*.part.pt"):
+            part.unlink(missing_ok=True)
+
+
+def save_weights(path: str | os.PathLike, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write weights as safetensors, float32, whole or not at all.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    tensors = {
+        name: (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        for name, tensor in state.items()
+    }
+    with explained_writing(Path(path), _size(tensors)), whole_file(path, overwrite=True) as part:
+        save_file(tensors, part, metadata=dict(metadata))
+    sync_folder(Path(path).parent)
+
+
+def plain_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's state dict as an ordinary dict, which any version of torch reads with weights_only."""
+    return dict(module.state_dict())
+
+
+@contextlib.contextmanager
+def explained_writing(path: Path, size: int) -> Iterator[None]:
+    """Turn what torch and safetensors raise when writing fails into an OSError that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        # torch's and safetensors' writers hide the reason behind errors of their own.
+        if not isinstance(error, (OSError, RuntimeError)) and type(error).__name__ != "SafetensorError":
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            f"cannot write {str(path)!r} ({' '.join(str(error).split())[:200]}): it needs about {size / 1e6:.0f} MB, "
+            f"{free / 1e6:.0f} MB are free; what was written before is whole: make room, then go on with --resume"
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in a folder survive a power failure."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _size(state: Any) -> int:
+    if torch.is_tensor(state):
+        return state.numel() * state.element_size()
+    if isinstance(state, Mapping):
+        return sum(map(_size, state.values()))
+    if isinstance(state, (list, tuple)):
+        return sum(map(_size, state))
+    return 8

@@ -1,0 +1,62 @@
+"""The methods of self-supervised pretraining: a name, the module that gives the loss, the views that it wants."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ssmamba_models.engine.config import check_keys, complete_arguments
+from ssmamba_models.ssl.mamim import MAMIM
+from ssmamba_models.ssl.mamim_views import MamimViews
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of pretraining.
+
+    Attributes:
+        module: (encoder, **method_args) -> module with `.encoder`; it maps a batch of views to a dict with "loss", and
+            may have `reconstruct(batch)` -> dict of images (B, 3, S, S) in 0..1.
+        views: (img_size=..., mean=..., std=..., **view_args) -> (PIL image, torch.Generator) -> dict of tensors.
+    """
+
+    module: Callable[..., nn.Module]
+    views: Callable[..., Any]
+
+
+METHODS = {"mamim": Method(MAMIM, MamimViews)}
+
+_BOUND = ("encoder", "img_size", "mean", "std")
+
+
+def get_method(name: str) -> Method:
+    """Find a method, or say which there are (ValueError)."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; known are: {', '.join(sorted(METHODS))}")
+    return METHODS[name]
+
+
+def complete_method_args(method: Method, given: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of the method's module, with their defaults (ValueError: unknown name, wrong type)."""
+    return complete_arguments("method_args", method.module, given, _BOUND)
+
+
+def complete_view_args(method: Method, given: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of the method's views that its module does not have as well (those two must agree)."""
+    shared = inspect.signature(method.module).parameters
+    own = [name for name in inspect.signature(method.views).parameters if name not in (*_BOUND, *shared)]
+    check_keys(given, own, "in view_args")
+    return complete_arguments("view_args", method.views, given, (*_BOUND, *shared))
+
+
+def create_views(
+    method: Method, method_args: dict[str, Any], view_args: dict[str, Any], **bound: Any
+) -> Any:
+    """The views; arguments that the module has too (a cell's size) are taken from `method_args`."""
+    wanted = inspect.signature(method.views).parameters
+    shared = {name: value for name, value in method_args.items() if name in wanted}
+    return method.views(**shared, **view_args, **{name: value for name, value in bound.items() if name in wanted})

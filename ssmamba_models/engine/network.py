@@ -1,0 +1,72 @@
+"""The network that a training starts from: architecture, size and first weights as the configuration says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from ssmamba_models.engine.encoder import _check_name
+from ssmamba_models.engine.train_config import TrainConfig
+from ssmamba_models.engine.weights import first_line, load_weights
+
+
+def create_network(config: TrainConfig, num_classes: int = 0) -> nn.Module:
+    """Create the timm model that a config names.
+
+    Args:
+        config: model, model_args, drop_path_rate, img_size, init and seed are read.
+        num_classes: of its classifier; 0: none. A new classifier is always random.
+
+    Returns:
+        The model, in training mode, on the CPU; its random weights depend on the seed alone.
+
+    Raises:
+        ValueError: an unknown model or argument, no published weights, or weights that do not fit.
+        FileNotFoundError: `init` names no file.
+        OSError: the published weights cannot be fetched.
+    """
+    _check_name(config.model)
+    published = get_pretrained_cfg(config.model) if ":" not in config.model else None
+    if config.init == "pretrained" and published is not None and not published.has_weights:
+        raise ValueError(f"{config.model} has no published weights; use --init none, or --init FILE")
+    arguments = dict(config.model_args)
+    if config.drop_path_rate is not None:
+        arguments["drop_path_rate"] = config.drop_path_rate
+    if published is not None and published.fixed_input_size:
+        arguments["img_size"] = config.img_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = _create(config, num_classes, arguments)
+    if config.init not in ("none", "pretrained"):
+        _check_source(config.init)
+        load_weights(network, config.init)
+    return network
+
+
+def _create(config: TrainConfig, num_classes: int, arguments: dict) -> nn.Module:
+    pretrained = config.init == "pretrained"
+    try:
+        return timm.create_model(config.model, pretrained=pretrained, num_classes=num_classes, **arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"{config.model} does not take these arguments: {', '.join(arguments)} ({first_line(error)}); "
+            "change model_args"
+        ) from error
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise OSError(
+            f"the weights of {config.model} cannot be loaded ({first_line(error)}); `ssmamba doctor` checks the hub's "
+            "settings and cache, --init FILE takes weights that you have"
+        ) from error
+
+
+def _check_source(init: str) -> None:
+    if not Path(init).exists():
+        raise FileNotFoundError(
+            f'init is {init!r}, expected "none", "pretrained", or a weight file or run folder that exists'
+        )

@@ -1,0 +1,98 @@
+"""The processes of a training: `accelerate launch` or torchrun starts them, here they find each other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def create_accelerator(device: str | None) -> Accelerator:
+    """Join the other processes (gloo on CPUs, NCCL on GPUs), or be the only one.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", ...; None takes a GPU where there is one. Of several processes each takes the
+            GPU of its number.
+
+    Raises:
+        ValueError: the device cannot be used.
+        ImportError: accelerate is missing.
+    """
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise ImportError('training needs accelerate; pip install "ssmamba-models[train]"') from error
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else _usable(device)
+    if place.type == "cuda" and place.index is not None:
+        torch.cuda.set_device(place)
+    # Autocast is ours: accelerate fixes its precision for the life of the process.
+    return Accelerator(cpu=place.type == "cpu", mixed_precision="no")
+
+
+def _usable(device: str) -> torch.device:
+    try:
+        place = torch.device(device)
+        (torch.ones(1, device=place) + 1).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"device {device!r} cannot be used ({reason}); use --device cpu, `ssmamba doctor` says more"
+        ) from error
+    return place
+
+
+def default_workers(device: torch.device, processes: int) -> int:
+    """How many processes read tiles for each training process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # On a CPU the model needs the cores itself, and one process reads faster than it computes.
+    return min(8, max(1, cores // processes)) if device.type != "cpu" else 1
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to compute under bfloat16 autocast; "auto" does where a GPU has it in hardware."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision == "bf16"
+
+
+class StopSignals:
+    """Remembers SIGTERM and SIGINT, so that a training can end in order; a second one ends it at once.
+
+    Attributes:
+        received: the signal's number, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[StopSignals]:
+        """Within the block signals are remembered; only a process's main thread can do that, others let them be."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: object) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """For processes that read tiles (`worker_init_fn`): Ctrl-C reaches them too, and the step needs their tiles."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,68 @@
+"""The folder of a run: a new one, or one that is gone on with under the same configuration."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ssmamba_models.engine.checkpoints import Checkpoints
+from ssmamba_models.engine.config import config_values, load_config, save_config
+from ssmamba_models.engine.train_config import TrainConfig
+
+
+def open_run(folder: str | os.PathLike, config: TrainConfig, resume: bool) -> Path:
+    """Make a run folder and write its config.yaml, or check that an existing one may go on.
+
+    Args:
+        folder: the run folder; its parent must exist.
+        config: of the training.
+        resume: whether an existing run may go on; a run that is not there yet starts.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: there is a run or another file, and `resume` is False.
+        FileNotFoundError, NotADirectoryError: the parent folder is not there.
+        ValueError: the run was begun with other hyper-parameters; each is named.
+        OSError: the folder cannot be written.
+    """
+    if not os.fspath(folder):
+        raise ValueError("the run's folder (--out, out=...) is empty; name the folder to write")
+    run = Path(folder)
+    _check_place(run, resume)
+    saved = run / "config.yaml"
+    if saved.exists():
+        _check_same(load_config(type(config), saved), config, run)
+    run.mkdir(exist_ok=True)
+    save_config(config, saved)
+    Checkpoints(run / "checkpoints").clean()
+    return run
+
+
+def _check_place(run: Path, resume: bool) -> None:
+    if not run.parent.is_dir():
+        raise FileNotFoundError(
+            f"the folder {str(run.parent)!r}, in which the run would lie, does not exist; create it (mkdir -p)"
+        )
+    if run.exists() and not run.is_dir():
+        raise NotADirectoryError(f"the run's folder {str(run)!r} is a file; choose another --out")
+    if not run.exists() or not any(run.iterdir()):
+        return
+    if not (run / "config.yaml").exists():
+        raise FileExistsError(f"{str(run)!r} holds other files than a run's (no config.yaml); choose another --out")
+    if not resume:
+        raise FileExistsError(
+            f"{str(run)!r} holds a run; go on with it by --resume (resume=True), or choose another --out"
+        )
+
+
+def _check_same(saved: TrainConfig, config: TrainConfig, run: Path) -> None:
+    before, now = config_values(saved), config_values(config)
+    changed = [key for key in now if key not in config.HARMLESS and now[key] != before[key]]
+    if changed:
+        listed = "; ".join(f"{key}: {before[key]!r}, now {now[key]!r}" for key in changed)
+        raise ValueError(
+            f"{str(run)!r} was begun with other settings ({listed}); give the same ones (or --resume --out alone), "
+            "or begin another run with another --out"
+        )
