@@ -8,6 +8,7 @@ import timm
 from torch import nn
 
 from ssmamba_models import models as _models  # registers the models
+from ssmamba_models.models.published import check_named
 
 __all__ = ["create_model", "list_models"]
 
@@ -27,12 +28,16 @@ def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
 def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Create one of this package's models; a thin wrapper of `timm.create_model`, which takes the same arguments.
 
-    Also takes what `timm.create_model` takes instead of a name: "hf-hub:OWNER/NAME" and "local-dir:PATH".
+    Also takes what `timm.create_model` takes instead of a name: "hf-hub:ORG/NAME[@REVISION]" and "local-dir:PATH".
+    Weights that `ssmamba publish` wrote are compared with the SHA-256 that it wrote beside them.
 
     Raises:
         ValueError: this package has no model, or no weights, of that name.
+        WeightsError: an OSError; the weights are not there, cannot be fetched, or are not those that were published.
     """
-    if ":" not in model_name:
+    if ":" in model_name:
+        check_named(model_name, pretrained, kwargs.get("cache_dir"))
+    else:
         if not _is_ours(model_name):
             raise ValueError(f"{model_name!r} is no model of ssmamba_models, which has {', '.join(list_models())}")
         _check_tag(model_name)

@@ -25,6 +25,8 @@ from ssmamba_models.engine.weights import (
     read_weights,
     weights_sha256,
 )
+from ssmamba_models.models.published import WeightsError, check_named
+from ssmamba_models.zoo import list_models
 
 
 class RandomWeightsWarning(UserWarning):
@@ -100,7 +102,8 @@ def load_encoder(
     """Create a model of the zoo, or any model of timm, as a feature extractor.
 
     Args:
-        model: a timm name, such as "ssmamba_small" or "vit_small_patch16_224.augreg_in1k".
+        model: a timm name, such as "ssmamba_small" or "vit_small_patch16_224.augreg_in1k"; or
+            "hf-hub:ORG/NAME[@REVISION]" or "local-dir:FOLDER".
         pretrained: load the published weights of that name.
         checkpoint: load the weights of this file (.safetensors, .pth, .pt or .bin), or of the folder of a
             run of `ssmamba pretrain` or `ssmamba finetune`, instead.
@@ -118,7 +121,7 @@ def load_encoder(
         ValueError: unknown model, no published weights, a checkpoint that does not fit, an unusable device
             or size.
         FileNotFoundError: the checkpoint does not exist.
-        OSError: the published weights cannot be fetched.
+        OSError: the published weights cannot be fetched, or are not those that were published.
 
     Warns:
         RandomWeightsWarning: neither `pretrained` nor `checkpoint` was given.
@@ -192,14 +195,21 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
 
 def _create(model: str, pretrained: bool, img_size: int | None, seed: int) -> nn.Module:
     config = None if ":" in model else get_pretrained_cfg(model)
-    if pretrained and config is not None and not config.has_weights:
-        raise ValueError(f"{model} has no published weights; leave --pretrained out, or give --checkpoint FILE")
+    if config is None:
+        check_named(model, pretrained)
+    elif pretrained and not config.has_weights:
+        raise ValueError(
+            f"{model} has no published weights; of this package, {', '.join(list_models(pretrained=True))} have; "
+            "leave --pretrained out, or give --checkpoint FILE"
+        )
     # A model with a position table must be told the size that it will see; the others take any.
     size = {"img_size": img_size} if img_size is not None and config and config.fixed_input_size else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             return timm.create_model(model, pretrained=pretrained, num_classes=0, **size)
+        except WeightsError:
+            raise  # which names the repository and the cure
         except Exception as error:
             if not pretrained and ":" not in model:
                 raise

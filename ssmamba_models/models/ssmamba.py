@@ -13,12 +13,14 @@ An independent implementation of the published description of SSMamba (arXiv:260
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClNormMlpClassifierHead, DropPath, LayerNorm, Mlp, register_notrace_module, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ssmamba_models.layers import DMS, LPR
+from ssmamba_models.models.published import check_cfg
+from ssmamba_models.weights import weight_source
 
 __all__ = ["SSMamba"]
 
@@ -384,15 +386,26 @@ def _cfg(url: str = "", **kwargs) -> dict:
 
 default_cfgs = generate_default_cfgs(
     {
-        "ssmamba_tiny": _cfg(),
-        "ssmamba_small": _cfg(),
+        "ssmamba_tiny.mamim_lc25000": _cfg(**weight_source("ssmamba_tiny.mamim_lc25000")),
+        "ssmamba_small.mamim_lc25000": _cfg(**weight_source("ssmamba_small.mamim_lc25000")),
         "ssmamba_base": _cfg(),
         "test_ssmamba": _cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
     }
 )
 
 
+def _check_pretrained(variant: str, kwargs: dict) -> None:
+    # Before the model is built: timm's own errors name neither the weights that exist nor a cure.
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    if not (cfg.has_weights or cfg.state_dict):
+        tagged = [f"{name}.{tag}" for name, default in default_cfgs.items() for tag in default.tags if tag]
+        raise ValueError(f"{variant} has no trained weights; there are {', '.join(tagged)} (pretrained=False: random)")
+    check_cfg(cfg.to_dict(), kwargs.get("cache_dir"))
+
+
 def _create_ssmamba(variant: str, pretrained: bool = False, **kwargs) -> SSMamba:
+    if pretrained:
+        _check_pretrained(variant, kwargs)
     return build_model_with_cfg(
         SSMamba,
         variant,
