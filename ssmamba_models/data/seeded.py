@@ -137,9 +137,7 @@ class SeededTiles(Dataset):
         labels: N class indices, or None.
     """
 
-    def __init__(
-        self, tiles: TileFolder, transform: Callable[..., Any], seed: int, labels: list[int] | None = None
-    ):
+    def __init__(self, tiles: TileFolder, transform: Callable[..., Any], seed: int, labels: list[int] | None = None):
         self.tiles, self.transform, self.seed, self.labels = tiles, transform, seed, labels
 
     def __len__(self) -> int:

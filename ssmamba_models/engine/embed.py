@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -94,8 +95,39 @@ def embed_folder(
         img_size=img_size,
         seed=seed,
     )
+    return embed_tiles(
+        tiles, encoder, out, batch_size=batch_size, workers=workers, overwrite=overwrite, progress=progress
+    )
+
+
+def embed_tiles(
+    tiles: TileFolder,
+    encoder: Encoder,
+    out: str | os.PathLike,
+    *,
+    batch_size: int = 32,
+    workers: int | None = None,
+    attributes: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> EmbedSummary:
+    """Embed tiles that were found into one HDF5 file, with an encoder that was made.
+
+    Args:
+        tiles: the tiles.
+        encoder: what computes the features; its provenance becomes the file's attributes.
+        attributes: more attributes for the file.
+        out, batch_size, workers, overwrite, progress: as `embed_folder`.
+
+    Returns:
+        What was done, and which tiles were unreadable.
+
+    Raises:
+        ValueError, OSError, ImportError: as `embed_folder`.
+    """
+    _check_counts(batch_size=(batch_size, 1), workers=(workers, 0))
     loader = _loader(tiles, encoder, batch_size, workers)
-    labelled, attributes = tiles.labels is not None, encoder.provenance()
+    labelled, attributes = tiles.labels is not None, {**encoder.provenance(), **(attributes or {})}
     start = time.perf_counter()
     with (
         _progress_bar(len(tiles), progress) as bar,

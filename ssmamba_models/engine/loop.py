@@ -114,9 +114,7 @@ class Trainer:
         seed_everything(mixed_seed(config.seed, accelerator.process_index))
         self._resume()
         self.wrapped = accelerator.prepare_model(self.module)
-        self.log = RunLog(
-            run, self.state.step, self.batches.steps, main=accelerator.is_main_process, progress=progress
-        )
+        self.log = RunLog(run, self.state.step, self.batches.steps, main=accelerator.is_main_process, progress=progress)
 
     @property
     def epoch(self) -> int:

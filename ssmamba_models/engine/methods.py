@@ -53,9 +53,7 @@ def complete_view_args(method: Method, given: dict[str, Any]) -> dict[str, Any]:
     return complete_arguments("view_args", method.views, given, (*_BOUND, *shared))
 
 
-def create_views(
-    method: Method, method_args: dict[str, Any], view_args: dict[str, Any], **bound: Any
-) -> Any:
+def create_views(method: Method, method_args: dict[str, Any], view_args: dict[str, Any], **bound: Any) -> Any:
     """The views; arguments that the module has too (a cell's size) are taken from `method_args`."""
     wanted = inspect.signature(method.views).parameters
     shared = {name: value for name, value in method_args.items() if name in wanted}

@@ -10,14 +10,19 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from ssmamba_models.engine.train_config import TrainConfig
+from ssmamba_models.layers.dms import DirectionalSSM
 
 
 def undecayed_names(module: nn.Module) -> set[str]:
-    """Full names of the parameters that a module, or any module inside it, wants without weight decay."""
+    """Full names of the parameters that a module, or any module inside it, wants without weight decay, and of those of
+    every recurrence."""
     names = set()
     for prefix, inner in module.named_modules():
         if hasattr(inner, "no_weight_decay"):
             names |= {f"{prefix}.{name}" if prefix else name for name in inner.no_weight_decay()}
+        # Decoders scan too, and are no timm models that could say so.
+        if isinstance(inner, DirectionalSSM):
+            names |= {f"{prefix}.{name}" for name, _ in inner.named_parameters(recurse=False)}
     return names
 
 
