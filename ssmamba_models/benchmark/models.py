@@ -137,7 +137,7 @@ def format_models(report: dict) -> str:
 def _check(plan: ModelsPlan) -> None:
     names = [plan.model, *plan.peers]
     for name in names:
-        _require_model(name)
+        require_model(name)
     if len(set(names)) < len(names):
         raise ValueError(f"each model can be measured once, got {', '.join(names)}; drop the repeated peer")
     counts = [("size", size) for size in plan.sizes]
@@ -153,7 +153,8 @@ def _check(plan: ModelsPlan) -> None:
     require_device(plan.device)
 
 
-def _require_model(name: str) -> None:
+def require_model(name: str) -> None:
+    """Raise ValueError for a name that timm does not know; the message names near ones."""
     if timm.is_model(name):
         return
     near = difflib.get_close_matches(name, timm.list_models(), n=3)

@@ -21,6 +21,7 @@ from ssmamba_models.benchmark.op_cases import OPS
 from ssmamba_models.benchmark.ops import DTYPES as OP_DTYPES
 from ssmamba_models.benchmark.ops import OpsPlan, format_ops, run_ops
 from ssmamba_models.benchmark.report import write_json
+from ssmamba_models.benchmark.train import DEFAULT_PEER, TrainPlan, format_train, run_train
 from ssmamba_models.data.output import check_output
 
 
@@ -34,7 +35,7 @@ def command() -> None:
 
 
 def _common_options(function: Callable) -> Callable:
-    """What both benchmarks are told about where and how long to run."""
+    """What all benchmarks are told about where and how long to run."""
     options = [
         click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to run."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]"),
@@ -142,6 +143,22 @@ def models(
         budget_s=budget,
     )
     _run(run_models, plan, format_models, json_path)
+
+
+@command.command("train")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Our model, trained by MAMIM.")
+@click.option("--peer", default=DEFAULT_PEER, show_default=True, help="A ViT of timm, trained as a masked autoencoder.")
+@click.option("--size", type=click.IntRange(1), default=224, show_default=True, help="Side of the views in pixels.")
+@click.option("--batch-size", type=click.IntRange(1), help="Tiles per step.  [default: chosen by the device]")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option("--data", type=click.Path(), help="Folder of tiles to read.  [default: synthetic tiles]")
+@click.option("--workers", type=click.IntRange(0), help="Processes that read tiles.  [default: chosen by the device]")
+@click.option("--wait-steps", type=click.IntRange(1), default=10, show_default=True, help="Steps that read their data.")
+@click.option("--budget", default=120.0, show_default=True, help="Seconds before rounds are cut.")
+@_common_options
+def train(json_path: Path | None, budget: float, **options) -> None:
+    """A step of MAMIM against one of a masked autoencoder, and how much of its time a training waits for data."""
+    _run(run_train, TrainPlan(**options, budget_s=budget), format_train, json_path)
 
 
 def _run(measure: Callable, plan: object, show: Callable[[dict], str], json_path: Path | None) -> None:
