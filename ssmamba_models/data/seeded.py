@@ -19,17 +19,20 @@ def mixed_seed(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
+def epoch_order(count: int, seed: int, epoch: int, weights: torch.Tensor | None = None) -> torch.Tensor:
     """The order in which an epoch visits its tiles.
 
     Args:
         count: N, the number of tiles.
         seed, epoch: decide the order, and nothing else does.
+        weights: (N,) chances of each tile to be drawn, with replacement.
 
     Returns:
-        A permutation of 0..N-1, (N,) int64.
+        A permutation of 0..N-1, or with `weights` N draws of them, (N,) int64.
     """
     generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
+    if weights is not None:
+        return torch.multinomial(weights, count, replacement=True, generator=generator)
     return torch.randperm(count, generator=generator)
 
 
@@ -48,6 +51,7 @@ class GlobalBatches(Sampler):
         start: number of steps already done.
         process, processes: which process of how many this is.
         accumulate: parts per process.
+        weights: as `epoch_order`.
 
     Raises:
         ValueError: fewer tiles than a batch, or a batch that cannot be cut evenly.
@@ -63,6 +67,7 @@ class GlobalBatches(Sampler):
         process: int = 0,
         processes: int = 1,
         accumulate: int = 1,
+        weights: torch.Tensor | None = None,
     ):
         if count < batch_size:
             tiles = "1 tile is" if count == 1 else f"{count} tiles are"
@@ -75,7 +80,7 @@ class GlobalBatches(Sampler):
                 f"{accumulate} = {processes * accumulate}; change --batch-size or --accumulate"
             )
         self.count, self.batch_size, self.seed, self.start = count, batch_size, seed, start
-        self.process, self.processes, self.accumulate = process, processes, accumulate
+        self.process, self.processes, self.accumulate, self.weights = process, processes, accumulate, weights
         self.steps_per_epoch = count // batch_size
         self.steps = self.steps_per_epoch * epochs
 
@@ -87,7 +92,7 @@ class GlobalBatches(Sampler):
         step = self.start
         while step < self.steps:
             epoch = step // self.steps_per_epoch
-            order = epoch_order(self.count, self.seed, epoch).tolist()
+            order = epoch_order(self.count, self.seed, epoch, self.weights).tolist()
             for place in range(step % self.steps_per_epoch, self.steps_per_epoch):
                 for micro in range(self.accumulate):
                     first = place * self.batch_size + (micro * self.processes + self.process) * part

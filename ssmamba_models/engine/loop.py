@@ -37,6 +37,8 @@ class Task:
         groups: groups of parameters; None makes them by weight decay.
         epoch_end: called on every process with (epoch counted from 1, module to look at, in eval mode, log); returns
             what to log.
+        weights: (N,) chances of each tile to be drawn, with replacement; None visits each tile once an epoch.
+        memory: what else a checkpoint holds, by its `state_dict` and `load_state_dict`.
     """
 
     module: nn.Module
@@ -44,6 +46,8 @@ class Task:
     export: Callable[[nn.Module], tuple[dict[str, torch.Tensor], dict[str, str]]]
     groups: list[dict[str, Any]] | None = None
     epoch_end: Callable[[int, nn.Module, RunLog], Mapping[str, Any]] | None = None
+    weights: torch.Tensor | None = None
+    memory: Any = None
 
 
 @dataclass
@@ -103,6 +107,7 @@ class Trainer:
         self.batches = GlobalBatches(
             len(task.data), config.batch_size, config.epochs, config.seed,
             process=accelerator.process_index, processes=accelerator.num_processes, accumulate=config.accumulate,
+            weights=task.weights,
         )  # fmt: skip
         # Convolutions run up to a quarter faster on channels-last memory.
         self.module = task.module.to(self.device, memory_format=torch.channels_last)
@@ -316,18 +321,27 @@ class Trainer:
             "sums": dict(self.state.sums),
             "unreadable": dict(self.state.unreadable),
             "rng": generators,
+            "memory": None if self.task.memory is None else self.task.memory.state_dict(),
             "config": config_values(self.config),
+            "data": self.task.data.tiles.sha256(),
         }
 
     def _resume(self) -> None:
         state = self.checkpoints.load(self._tell)
         if state is None:
             return
+        if state["data"] != self.task.data.tiles.sha256():
+            raise ValueError(
+                f"{self.config.data!r} does not hold the tiles that {str(self.run)!r} was begun with (paths, labels, groups "
+                "or splits differ, not the tiles' folder); restore them, or begin another run with another --out"
+            )
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
+        if self.task.memory is not None:
+            self.task.memory.load_state_dict(state["memory"])
         self.state = Progress(state["step"], state["seconds"], state["sums"], state["unreadable"])
         self.newest = self.checkpoints.folder / f"step-{self.state.step:08d}.pt"
         process = self.accelerator.process_index
