@@ -16,6 +16,7 @@ import torch
 
 from ssmamba_models.benchmark.model_step import ModelStep, StepSpec
 from ssmamba_models.benchmark.timing import thread_count
+from ssmamba_models.engine.process_memory import keep_large_blocks
 
 MIB = 2**20
 
@@ -100,5 +101,6 @@ def _high_water_mark_elsewhere() -> int:
 
 
 if __name__ == "__main__":
+    keep_large_blocks()  # as `ssmamba benchmark` does where it measures time
     # The package registers its models with timm when imported, which `-m` has done by now.
     print(json.dumps({"peak_mib": _peak_on_cpu(StepSpec(**json.loads(sys.argv[1])))}))

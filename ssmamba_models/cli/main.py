@@ -7,6 +7,7 @@ import importlib
 import click
 
 from ssmamba_models._version import __version__
+from ssmamba_models.engine.process_memory import keep_large_blocks
 
 # Name -> (module under ssmamba_models.cli, one line of help). A module is imported only when its command runs,
 # so `ssmamba --help` answers at once.
@@ -63,3 +64,4 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="ssmamba")
 def main() -> None:
     """State space models for computational pathology: tiles in, features out."""
+    keep_large_blocks()

@@ -315,7 +315,7 @@ def test_names_and_weights_that_there_are_not(name):
 
 
 def test_inference_in_pieces_is_inference():
-    """Without gradients the MLPs take many tokens in pieces; with them, all at once."""
+    """Without gradients a block takes many tokens in pieces; with them, all at once."""
     model = small(dims=(16, 256, 16, 16)).eval()
     x = image(160, 168, batch=8)
     piece = model.stages[1].blocks[0].piece
@@ -324,3 +324,13 @@ def test_inference_in_pieces_is_inference():
     with torch.inference_mode():
         pieces = model(x)
     torch.testing.assert_close(pieces, whole.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_hook_sees_the_whole_map_in_inference_too():
+    model = small(dims=(16, 256, 16, 16)).eval()
+    x = image(160, 168, batch=8)
+    seen = []
+    model.stages[1].blocks[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    with torch.inference_mode():
+        model(x)
+    assert [tuple(shape) for shape in seen] == [(8, 20, 21, 256)]
