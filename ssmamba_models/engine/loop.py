@@ -104,11 +104,7 @@ class Trainer:
         self.bf16 = use_bf16(config.precision, self.device)
         self.checkpoints = Checkpoints(run / "checkpoints", config.keep_checkpoints)
         self.state, self.last, self.newest = Progress(), {}, None
-        self.batches = GlobalBatches(
-            len(task.data), config.batch_size, config.epochs, config.seed,
-            process=accelerator.process_index, processes=accelerator.num_processes, accumulate=config.accumulate,
-            weights=task.weights,
-        )  # fmt: skip
+        self.batches = global_batches(config, len(task.data), accelerator)
         # Convolutions run up to a quarter faster on channels-last memory.
         self.module = task.module.to(self.device, memory_format=torch.channels_last)
         groups = task.groups or parameter_groups(self.module, config.weight_decay)
@@ -332,8 +328,8 @@ class Trainer:
             return
         if state["data"] != self.task.data.tiles.sha256():
             raise ValueError(
-                f"{self.config.data!r} does not hold the tiles that {str(self.run)!r} was begun with (paths, labels, groups "
-                "or splits differ, not the tiles' folder); restore them, or begin another run with another --out"
+                f"{self.config.data!r} does not hold the tiles that {str(self.run)!r} was begun with (their paths, labels, "
+                "groups or splits differ); restore them, or begin another run with another --out"
             )
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -358,6 +354,19 @@ class Trainer:
             module = self.module if self.ema is None else self.ema.module
             weights, metadata = self.task.export(module)
             save_weights(self.run / "weights.safetensors", weights, {**metadata, "step": str(self.state.step)})
+
+
+def global_batches(config: TrainConfig, count: int, accelerator: Any) -> GlobalBatches:
+    """This process's share of every batch over `count` tiles (ValueError: too few tiles, or no even shares)."""
+    return GlobalBatches(
+        count,
+        config.batch_size,
+        config.epochs,
+        config.seed,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        accumulate=config.accumulate,
+    )
 
 
 class _Clock:

@@ -16,7 +16,7 @@ from torch import nn
 from ssmamba_models._version import __version__
 from ssmamba_models.data.labelled import LabelledTiles, read_tiles
 from ssmamba_models.data.seeded import SeededTiles
-from ssmamba_models.engine.loop import Task, Trainer, TrainResult
+from ssmamba_models.engine.loop import Task, Trainer, TrainResult, global_batches
 from ssmamba_models.engine.methods import complete_method_args, complete_view_args, create_views, get_method
 from ssmamba_models.engine.network import create_network
 from ssmamba_models.engine.processes import create_accelerator
@@ -78,6 +78,8 @@ def pretrain(
     """
     tiles = select_tiles(config)
     accelerator = create_accelerator(config.device)
+    # What can fail does so before the run folder is made.
+    global_batches(config, len(tiles), accelerator)
     module, data = build(config, tiles)
     run = Path(out)
     if accelerator.is_main_process:
