@@ -221,30 +221,37 @@ def _check_groups(tiles: LabelledTiles) -> None:
             )
 
 
-def group_split(tiles: LabelledTiles, val_fraction: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
+def group_split(
+    tiles: LabelledTiles, val_fraction: float = 0.2, seed: int = 0, train_split: str = "train", val_split: str = "val"
+) -> tuple[list[int], list[int]]:
     """Places of the tiles to train on and of those to validate with; no group is in both.
 
-    The tiles' own splits "train" and "val" are used where they have them; tiles of another split are in neither. Where
-    there is no "val", a share of the groups (of "train" where there are splits), drawn class by class, is held out.
+    The tiles' own splits are used where they have them; tiles of a third split are in neither. Where there is no split
+    "val", a share of the groups (of "train" where there are splits), drawn class by class, is held out.
 
     Args:
         tiles: the tiles; without groups each tile is one.
         val_fraction: share of the groups to hold out, above 0 and below 1; unused where there is a split "val".
         seed: the same seed draws the same groups, whatever other classes there are.
+        train_split, val_split: other names of the two splits.
 
     Returns:
         (train, val), sorted; both hold something.
 
     Raises:
-        ValueError: a fraction out of range, splits without "train", or too few groups to hold one out.
+        ValueError: a fraction out of range, a split that is not there ("val" may be missing), one split named for
+            both, or too few groups to hold one out.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}, expected a number between 0 and 1")
+    if train_split == val_split:
+        raise ValueError(f"train_split and val_split are both {train_split!r}; what is trained on cannot validate")
+    named = [name for name, usual in ((train_split, "train"), (val_split, "val")) if name != usual]
+    tiles._require("split", named if tiles.splits is None else [train_split, *named], tiles.splits)
     kept = list(range(len(tiles)))
     if tiles.splits is not None:
-        tiles._require("split", ["train"], tiles.splits)
-        kept = [index for index in kept if tiles.splits[index] == "train"]
-        val = [index for index, split in enumerate(tiles.splits) if split == "val"]
+        kept = [index for index in kept if tiles.splits[index] == train_split]
+        val = [index for index, split in enumerate(tiles.splits) if split == val_split]
         if val:
             return kept, val
     drawn = set(_draw_groups(tiles, kept, val_fraction, seed, spare=1))

@@ -190,6 +190,16 @@ class TestGroupSplit:
         assert sorted(train + val) == list(range(16))
         assert len(val) == 4
 
+    def test_splits_of_other_names(self):
+        tiles = grouped({"a": 2, "b": 1}, splits=("fold0", "fold0", "fold1", "fold1", "fold2", "fold2"))
+        assert group_split(tiles, train_split="fold1", val_split="fold2") == ([2, 3], [4, 5])
+        with pytest.raises(ValueError, match="split 'fold3'; there is: fold0, fold1, fold2"):
+            group_split(tiles, train_split="fold0", val_split="fold3")
+        with pytest.raises(ValueError, match="both 'fold0'"):
+            group_split(tiles, train_split="fold0", val_split="fold0")
+        with pytest.raises(ValueError, match="split 'fold0'; there is: none"):
+            group_split(grouped({"a": 2}), train_split="fold0")
+
     def test_without_groups_each_tile_is_one(self):
         tiles = LabelledTiles("root", tuple("abcdefghij"), tuple("xxxxxyyyyy"))
         train, val = group_split(tiles, 0.4)
