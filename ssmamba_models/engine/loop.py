@@ -104,7 +104,7 @@ class Trainer:
         self.bf16 = use_bf16(config.precision, self.device)
         self.checkpoints = Checkpoints(run / "checkpoints", config.keep_checkpoints)
         self.state, self.last, self.newest = Progress(), {}, None
-        self.batches = global_batches(config, len(task.data), accelerator)
+        self.batches = global_batches(config, len(task.data), accelerator, task.weights)
         # Convolutions run up to a quarter faster on channels-last memory.
         self.module = task.module.to(self.device, memory_format=torch.channels_last)
         groups = task.groups or parameter_groups(self.module, config.weight_decay)
@@ -328,8 +328,8 @@ class Trainer:
             return
         if state["data"] != self.task.data.tiles.sha256():
             raise ValueError(
-                f"{self.config.data!r} does not hold the tiles that {str(self.run)!r} was begun with (their paths, labels, "
-                "groups or splits differ); restore them, or begin another run with another --out"
+                f"{self.config.data!r} does not hold the tiles that {str(self.run)!r} was begun with (their paths, "
+                "labels, groups or splits differ); restore them, or begin another run with another --out"
             )
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -356,7 +356,9 @@ class Trainer:
             save_weights(self.run / "weights.safetensors", weights, {**metadata, "step": str(self.state.step)})
 
 
-def global_batches(config: TrainConfig, count: int, accelerator: Any) -> GlobalBatches:
+def global_batches(
+    config: TrainConfig, count: int, accelerator: Any, weights: torch.Tensor | None = None
+) -> GlobalBatches:
     """This process's share of every batch over `count` tiles (ValueError: too few tiles, or no even shares)."""
     return GlobalBatches(
         count,
@@ -366,6 +368,7 @@ def global_batches(config: TrainConfig, count: int, accelerator: Any) -> GlobalB
         process=accelerator.process_index,
         processes=accelerator.num_processes,
         accumulate=config.accumulate,
+        weights=weights,
     )
 
 
