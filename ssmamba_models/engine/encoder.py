@@ -17,6 +17,7 @@ from timm.models import get_pretrained_cfg, is_model
 from torch import nn
 
 from ssmamba_models._version import __version__
+from ssmamba_models.engine.weight_facts import WeightFacts, weight_facts
 from ssmamba_models.engine.weights import (
     RUN_WEIGHTS,
     find_weights,
@@ -132,8 +133,9 @@ def load_encoder(
     place = _resolve_device(device)
     source = None if checkpoint is None else find_weights(checkpoint)
     state, metadata = ({}, {}) if source is None else read_weights(source)
-    img_size = _trained_size(metadata, source) if img_size is None else img_size
-    network = _create(model, pretrained, img_size, seed)
+    facts = WeightFacts() if source is None else weight_facts(metadata, source)
+    img_size = facts.img_size if img_size is None else img_size
+    network = _create(model, pretrained, img_size, seed, facts.model_args)
     if source is not None:
         fit_weights(network, state, metadata, source)
     elif not pretrained:
@@ -193,7 +195,7 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
     return place
 
 
-def _create(model: str, pretrained: bool, img_size: int | None, seed: int) -> nn.Module:
+def _create(model: str, pretrained: bool, img_size: int | None, seed: int, args: Mapping[str, Any]) -> nn.Module:
     config = None if ":" in model else get_pretrained_cfg(model)
     if config is None:
         check_named(model, pretrained)
@@ -207,7 +209,7 @@ def _create(model: str, pretrained: bool, img_size: int | None, seed: int) -> nn
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return timm.create_model(model, pretrained=pretrained, num_classes=0, **size)
+            return timm.create_model(model, pretrained=pretrained, **{**args, **size, "num_classes": 0})
         except WeightsError:
             raise  # which names the repository and the cure
         except Exception as error:
@@ -232,15 +234,6 @@ def _measure_embed_dim(network: nn.Module, name: str, input_size: tuple[int, ...
     if features.ndim != 2:
         raise ValueError(f"{name} returns features of shape {tuple(features.shape)}, expected one vector per image")
     return features.shape[1]
-
-
-def _trained_size(metadata: Mapping[str, str], source: Path | None) -> int | None:
-    size = metadata.get("img_size")
-    if size is None:
-        return None
-    if not size.isdecimal() or int(size) == 0:
-        raise ValueError(f"the checkpoint {str(source)!r} says img_size {size!r}, expected pixels; give --img-size")
-    return int(size)
 
 
 def _describe_weights(network: nn.Module, pretrained: bool, source: Path | None, seed: int) -> dict[str, Any]:

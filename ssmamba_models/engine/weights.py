@@ -152,9 +152,7 @@ def fit_weights(
     """
     if classifier not in ("drop", "keep"):
         raise ValueError(f'classifier is {classifier!r}, expected "drop" or "keep"')
-    if isinstance(model, SSMamba):
-        # Ours may lie inside a self-supervised module ("encoder.") that a trainer has wrapped once more.
-        state = checkpoint_filter_fn(dict(state), model)
+    state = _unprefixed(model, state)
     own = model.state_dict()
     if classifier == "drop":
         state = {name: value for name, value in state.items() if not _is_classifier(model, name)}
@@ -166,11 +164,31 @@ def fit_weights(
     model.load_state_dict(state, strict=False)
 
 
+def classifier_width(model: nn.Module, state: Mapping[str, torch.Tensor]) -> int:
+    """How many classes the classifier in a state dict tells apart; 0 where there is none.
+
+    Args:
+        model: a timm model of the same architecture.
+        state: as `read_weights` gave it.
+    """
+    state = _unprefixed(model, state)
+    found = [state[f"{layer}.weight"] for layer in _classifiers(model) if f"{layer}.weight" in state]
+    return found[0].shape[0] if found else 0
+
+
+def _unprefixed(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    # Ours may lie inside a self-supervised module ("encoder.") that a trainer has wrapped once more.
+    return checkpoint_filter_fn(dict(state), model) if isinstance(model, SSMamba) else state
+
+
 def _is_classifier(model: nn.Module, name: str) -> bool:
     # An encoder has no classifier, a checkpoint of a trained classifier does: features do not need it.
+    return any(name.startswith(f"{layer}.") for layer in _classifiers(model))
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
     layers = _cfg(model).get("classifier") or ()
-    layers = (layers,) if isinstance(layers, str) else layers
-    return any(name.startswith(f"{layer}.") for layer in layers)
+    return (layers,) if isinstance(layers, str) else tuple(layers)
 
 
 def _cfg(model: nn.Module) -> Mapping:

@@ -115,10 +115,27 @@ def test_a_run_folder_is_a_checkpoint_at_the_size_it_was_trained_at(run):
     assert load_encoder(OURS, checkpoint=run, img_size=96).data_config["input_size"] == (3, 96, 96)
 
 
-def test_a_size_that_is_none_is_named(run):
-    save_file(timm.create_model(OURS).state_dict(), run / "weights.safetensors", {"img_size": "large"})
-    with pytest.raises(ValueError, match=r"says img_size 'large', expected pixels; give --img-size"):
-        load_encoder(OURS, checkpoint=run)
+@pytest.mark.parametrize(
+    ("metadata", "match"),
+    [
+        ({"img_size": "large"}, "says img_size 'large', expected a number of pixels"),
+        ({"img_size": "0"}, "says img_size '0', expected a number of pixels"),
+        ({"img_size": "true"}, "says img_size 'true', expected a number of pixels"),
+        ({"model_args": "[1]"}, r"says model_args '\[1\]', expected a JSON mapping"),
+        ({"classes": "3"}, "says classes '3', expected a JSON list"),
+    ],
+)
+def test_metadata_that_make_no_sense_are_named(tmp_path, metadata, match):
+    save_file(timm.create_model(OURS).state_dict(), tmp_path / "m.safetensors", metadata)
+    with pytest.raises(ValueError, match=match):
+        load_encoder(OURS, checkpoint=tmp_path / "m.safetensors")
+
+
+def test_the_arguments_that_a_run_gave_its_model_are_given_again(tmp_path):
+    trained = timm.create_model(OURS, scales=((1,), (1,), (1,), (1,)))
+    metadata = {"model": OURS, "model_args": '{"scales": [[1], [1], [1], [1]]}'}
+    save_file(trained.state_dict(), tmp_path / "m.safetensors", metadata)
+    assert weights_sha256(load_encoder(OURS, checkpoint=tmp_path / "m.safetensors").model) == weights_sha256(trained)
 
 
 def test_a_bad_checkpoint_is_found_before_a_model_is_made(monkeypatch, tmp_path):

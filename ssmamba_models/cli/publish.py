@@ -1,0 +1,40 @@
+"""`ssmamba publish`: trained weights to the Hugging Face Hub, or to a folder that holds what would go there."""
+
+from __future__ import annotations
+
+import click
+
+from ssmamba_models.engine.config import load_config, parse_setting
+from ssmamba_models.hub import CardInfo, publish
+
+
+@click.command()
+@click.argument("source", metavar="RUN|FILE", type=click.Path())
+@click.option("--repo-id", required=True, metavar="ORG/NAME", help="Repository; made where it is not there.")
+@click.option("--model", help="timm name. Default: what the weights say.")
+@click.option("--dry-run", type=click.Path(), metavar="DIR", help="Write a new folder and upload nothing.")
+@click.option("--card-info", type=click.Path(), metavar="YAML", help="What the card shall say; see below.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One key of it; may be repeated.")
+@click.option("--bf16", is_flag=True, help="Store bfloat16: half the size, good to about 2 digits.")
+@click.option("--private", is_flag=True, help="Only for members of ORG.")
+@click.option("--revision", metavar="BRANCH", help="Default: main.")
+@click.option("--token", help="Default: HF_TOKEN, or that of `hf auth login`.")
+def command(source: str, repo_id: str, card_info: str | None, settings: tuple[str, ...], **options) -> None:
+    """Publish the weights of a run of `ssmamba pretrain` or `finetune`, or of a weight file.
+
+    Uploads model.safetensors, config.json and a model card (README.md) in one commit; then
+    timm.create_model("hf-hub:ORG/NAME", pretrained=True) loads them. Look at the card first: --dry-run DIR.
+
+    Keys of --card-info and --set, each unknown where not given: license (of the weights, such as
+    apache-2.0), description, training_data, data_license, target_mpp (microns per pixel), hardware, results,
+    limits. Epochs, time and hyper-parameters come from the run.
+
+    \b
+    Example:
+      ssmamba publish RUN --repo-id my-lab/tiny --dry-run card \\
+        --set training_data="LC25000, train split" --set target_mpp=0.5
+    """
+    info = load_config(CardInfo, card_info, dict(parse_setting(text) for text in settings))
+    done = publish(source, repo_id, info=info, **options)
+    click.echo(f"{', '.join(done.files)} -> {done.place}")
+    click.echo(f'load with timm.create_model("{done.name}", pretrained=True)')

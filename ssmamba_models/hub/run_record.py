@@ -1,0 +1,92 @@
+"""What the folder of a run tells of how its weights came to be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ssmamba_models.engine.weights import RUN_WEIGHTS
+
+# Of the machine that trained, and nothing that the weights depend on.
+_LOCAL = frozenset({"device", "workers", "log_every"})
+_PATHS = ("data", "init", "config", "out")
+_BOOKKEEPING = frozenset({"step", "epoch", "images", "seconds", "event", "lr", "grad_norm"})
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The record of a training; empty where the weights came without a run.
+
+    Attributes:
+        config: the hyper-parameters, with folders cut to their last part: where a person keeps data is theirs.
+        seconds: of training. images: that it looked at, repetitions counted.
+        last: what the log's last epoch says: metric -> value.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    images: int | None = None
+    last: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_run(weights: Path) -> RunRecord:
+    """Read config.yaml and log.jsonl beside a run's weights; what is not there stays unknown.
+
+    Args:
+        weights: the file that `find_weights` gave.
+
+    Raises:
+        ValueError: config.yaml is not YAML.
+    """
+    if weights.name != RUN_WEIGHTS:
+        return RunRecord()
+    lines = _read_log(weights.with_name("log.jsonl"))
+    epochs = [line for line in lines if line.get("event") == "epoch"]
+    return RunRecord(
+        config=_read_config(weights.with_name("config.yaml")),
+        seconds=max((line["seconds"] for line in lines if "seconds" in line), default=None),
+        images=max((line["images"] for line in lines if "images" in line), default=None),
+        last=_numbers(epochs[-1]) if epochs else {},
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        return {}
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"the run's {str(path)!r} is not YAML ({' '.join(str(error).split())})") from error
+    config = config if isinstance(config, dict) else {}
+    return {key: _last_part(key, value) for key, value in config.items() if key not in _LOCAL}
+
+
+def _last_part(key: str, value: Any) -> Any:
+    return Path(value).name if key in _PATHS and isinstance(value, str) else value
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # a run that was killed may leave half a line
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        key: value
+        for key, value in line.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in _BOOKKEEPING
+    }
