@@ -1,0 +1,103 @@
+"""`ssmamba evaluate`: labelled tiles and encoders in, a report out."""
+
+from __future__ import annotations
+
+import click
+
+from ssmamba_models.evaluation.embedding import Embedding
+from ssmamba_models.evaluation.evaluate import evaluate
+from ssmamba_models.evaluation.model_choice import parse_models
+from ssmamba_models.evaluation.settings import Settings
+from ssmamba_models.evaluation.tasks import parse_task
+
+
+@click.command()
+@click.option("--data", required=True, type=click.Path(), help="Folder of labelled tiles.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    required=True,
+    metavar="[LABEL=]NAME[@INIT]",
+    help="An encoder; once for each. NAME: ours, any timm name, or color_histogram.",
+)
+@click.option(
+    "--init",
+    default="pretrained",
+    show_default=True,
+    metavar="pretrained|none|RUN|FILE",
+    help="INIT of each --model that has none. none: random weights.",
+)
+@click.option("--out", required=True, type=click.Path(), help="Folder for the report and the features.")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="NAME=class,class,...",
+    help="Classes to tell apart; once for each task. Default: all classes.",
+)
+@click.option("--folds", type=click.IntRange(2), default=5, show_default=True, help="Folds, if tiles have no splits.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Repetitions.")
+@click.option("--magnification", is_flag=True, help="Compare tiles with themselves at half resolution.")
+@click.option("--img-size", type=click.IntRange(1), help="Side of the input in pixels. Default: the model's own.")
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Tiles per forward pass.")
+@click.option(
+    "--workers", type=click.IntRange(0), help="Processes that decode tiles; 0: none. Default: by the machine."
+)
+@click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
+@click.option("--bf16", is_flag=True, help="Compute in bfloat16: for GPUs; most CPUs get slower.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing report; features that fit are used again.")
+@click.option("--quiet", is_flag=True, help="No progress bars and no closing table.")
+@click.pass_context
+def command(
+    ctx: click.Context, data, models, init, out, tasks, folds, seeds, magnification, overwrite, quiet, **embedding
+) -> None:
+    """Score encoders on labelled tiles: linear probe, kNN, prototypes and few shots, with intervals.
+
+    Tiles lie in class folders, or are listed in a manifest.csv (path, label, and optionally group and split). Groups
+    are never divided. Several encoders are compared on the same folds:
+
+    \b
+      ssmamba evaluate --data TILES --out REPORT --task lung=benign,tumour \\
+        --model mamim=ssmamba_tiny@runs/mamim --model ssmamba_tiny@none --model color_histogram
+
+    Writes report.md, report.json and plots/ whole or not at all, and keeps the features for the next run.
+
+    Exit code: 0 all tiles scored, 1 some were unreadable (each is listed), 2 bad input.
+    """
+    report = evaluate(
+        data,
+        parse_models(models, init),
+        out,
+        tasks=[parse_task(text) for text in tasks],
+        settings=Settings(folds=folds, seeds=seeds, magnification=magnification),
+        embedding=Embedding(**embedding, progress=not quiet),
+        overwrite=overwrite,
+    )
+    if not quiet:
+        _print_scores(report)
+        click.echo(f"wrote {out}/report.md")
+    unreadable = report["data"]["unreadable"]
+    for entry in unreadable:
+        click.echo(f"unreadable: {_printable(entry['path'])}: {entry['reason']}", err=True)
+    if unreadable:
+        click.echo(f"{len(unreadable)} of {report['data']['tiles']} tiles unreadable and not scored", err=True)
+        ctx.exit(1)
+
+
+def _print_scores(report: dict) -> None:
+    width = max(len(entry["label"]) for entry in report["models"])
+    for task in report["tasks"]:
+        click.echo(f"{task['name']} ({', '.join(task['classes'])}), macro-F1 with 95 % interval")
+        for label, results in task["results"].items():
+            probe, neighbours = (_short(results[method]["metrics"]["macro_f1"]) for method in ("linear_probe", "knn"))
+            click.echo(f"  {label:<{width}}  linear probe {probe}  kNN {neighbours}")
+
+
+def _short(figure: dict) -> str:
+    return f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
+
+
+def _printable(path: str) -> str:
+    # A file name that is not UTF-8 would break the very message that reports it.
+    return path.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,123 @@
+"""Which encoders are compared: a name, where its weights come from, and what the report calls it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from timm.models import get_pretrained_cfg, is_model
+
+from ssmamba_models.engine.encoder import Encoder, load_encoder
+from ssmamba_models.evaluation.color_histogram import COLOR_HISTOGRAM, color_histogram_encoder
+
+PRETRAINED, RANDOM = "pretrained", "none"
+_LABEL = re.compile(r"[\w.+-]+")
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """An encoder to score.
+
+    Attributes:
+        label: what the report and the files call it.
+        name: a timm name, or "color_histogram".
+        init: "pretrained" (published weights), "none" (random weights), or the path of a weight file or run folder.
+    """
+
+    label: str
+    name: str
+    init: str
+
+    @property
+    def varies(self) -> bool:
+        """Whether the weights differ from seed to seed."""
+        return self.init == RANDOM and self.name != COLOR_HISTOGRAM
+
+    def load(self, seed: int = 0, img_size: int | None = None, device=None, bf16: bool = False) -> Encoder:
+        """Make the encoder; `seed` matters for random weights alone.
+
+        Raises:
+            ValueError, OSError: as `load_encoder`.
+        """
+        if self.name == COLOR_HISTOGRAM:
+            return color_histogram_encoder(img_size)
+        self._check_published()
+        pretrained = self.init == PRETRAINED
+        checkpoint = None if self.init in (PRETRAINED, RANDOM) else self.init
+        return load_encoder(
+            self.name,
+            pretrained=pretrained,
+            checkpoint=checkpoint,
+            device=device,
+            bf16=bf16,
+            img_size=img_size,
+            seed=seed,
+        )
+
+    def _check_published(self) -> None:
+        # load_encoder would advise options that `ssmamba evaluate` does not have.
+        if self.init != PRETRAINED or ":" in self.name or not is_model(self.name.split(".")[0]):
+            return
+        try:
+            published = get_pretrained_cfg(self.name).has_weights
+        except RuntimeError:  # an unknown tag: load_encoder names the known ones
+            return
+        if not published:
+            raise ValueError(
+                f"{self.name} has no published weights; write {self.name}@RUN (a run folder or weight file), or "
+                f"{self.name}@none for random weights"
+            )
+
+
+def parse_model(text: str, init: str = PRETRAINED) -> ModelChoice:
+    """Read `[LABEL=]NAME[@INIT]`, as `--model` takes it.
+
+    Args:
+        text: for example "ssmamba_tiny", "mamim=ssmamba_tiny@runs/mamim", "ssmamba_tiny@none" or
+            "hf-hub:owner/name" (which brings its weights, and takes no @INIT).
+        init: what INIT is where the text names none.
+
+    Raises:
+        ValueError: not of that form.
+    """
+    label, name, own = _split(text)
+    if not name or own == "" or label == "" or (label and not _LABEL.fullmatch(label)):
+        raise ValueError(
+            f"the model {text!r} is not of the form [LABEL=]NAME[@INIT], such as mamim=ssmamba_tiny@runs/mamim; a "
+            "label has letters, digits and . _ + -"
+        )
+    chosen = PRETRAINED if ":" in name else (own or init)
+    return ModelChoice(label or _default_label(name, own), name, chosen)
+
+
+def _split(text: str) -> tuple[str | None, str, str | None]:
+    # A path after @ may hold =, and hf-hub's names may hold @revision.
+    head, at, init = text.partition("@")
+    label, equals, name = head.partition("=")
+    if not equals:
+        label, name = None, head
+    if ":" in name:
+        return label, name + at + init, None
+    return label, name, init if at else None
+
+
+def _default_label(name: str, init: str | None) -> str:
+    text = name if init is None else f"{name}-{init.rstrip('/').split('/')[-1]}"
+    return re.sub(r"[^\w.+-]+", "_", text)
+
+
+def parse_models(texts: Sequence[str], init: str = PRETRAINED) -> tuple[ModelChoice, ...]:
+    """Read several; their labels must differ.
+
+    Raises:
+        ValueError: none is given, one is not of the form, or two have one label.
+    """
+    if not texts:
+        raise ValueError("no model is named; give one or more, such as --model ssmamba_tiny@none")
+    choices = tuple(parse_model(text, init) for text in texts)
+    labels = [choice.label for choice in choices]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"two models are called {label!r}; put names before them, such as first={label}")
+    return choices

@@ -1,0 +1,72 @@
+"""Models by name: label, weights, and what cannot be meant."""
+
+import pytest
+
+from ssmamba_models.evaluation.model_choice import ModelChoice, parse_model, parse_models
+
+pytestmark = pytest.mark.filterwarnings("ignore::ssmamba_models.engine.encoder.RandomWeightsWarning")
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("ssmamba_tiny", ("ssmamba_tiny", "ssmamba_tiny", "pretrained")),
+        ("ssmamba_tiny@none", ("ssmamba_tiny-none", "ssmamba_tiny", "none")),
+        ("mamim=ssmamba_tiny@runs/mamim", ("mamim", "ssmamba_tiny", "runs/mamim")),
+        ("ssmamba_tiny@runs/a=b/", ("ssmamba_tiny-a_b", "ssmamba_tiny", "runs/a=b/")),
+        ("x=ssmamba_tiny@a@b.safetensors", ("x", "ssmamba_tiny", "a@b.safetensors")),
+        ("vit_small_patch16_224.augreg_in1k", ("vit_small_patch16_224.augreg_in1k",) * 2 + ("pretrained",)),
+        ("hf-hub:owner/name@main", ("hf-hub_owner_name_main", "hf-hub:owner/name@main", "pretrained")),
+        ("color_histogram", ("color_histogram", "color_histogram", "pretrained")),
+    ],
+)
+def test_how_a_model_is_written(text, choice):
+    assert parse_model(text) == ModelChoice(*choice)
+
+
+def test_init_stands_in_where_a_model_names_none():
+    choices = parse_models(["a=ssmamba_tiny", "b=ssmamba_tiny@runs/x", "c=hf-hub:o/n"], init="none")
+    assert [choice.init for choice in choices] == ["none", "runs/x", "pretrained"]
+
+
+@pytest.mark.parametrize("text", ["", "@none", "ssmamba_tiny@", "=ssmamba_tiny", "a b=x", "a/b=x"])
+def test_what_is_not_of_the_form(text):
+    with pytest.raises(ValueError, match=r"not of the form \[LABEL=\]NAME\[@INIT\]"):
+        parse_model(text)
+
+
+def test_labels_must_differ():
+    with pytest.raises(ValueError, match="two models are called 'ssmamba_tiny'; put names before"):
+        parse_models(["ssmamba_tiny", "ssmamba_tiny"])
+    with pytest.raises(ValueError, match="no model is named"):
+        parse_models([])
+
+
+def test_random_weights_vary_with_the_seed_and_nothing_else_does():
+    first, again, other = (parse_model("test_ssmamba@none").load(seed, 32) for seed in (0, 0, 1))
+    assert first.provenance()["weights_sha256"] == again.provenance()["weights_sha256"]
+    assert first.provenance()["weights_sha256"] != other.provenance()["weights_sha256"]
+    assert parse_model("test_ssmamba@none").varies
+    assert not parse_model("color_histogram@none").varies
+    assert not parse_model("test_ssmamba@run").varies
+
+
+def test_weights_of_a_file(tmp_path):
+    from safetensors.torch import save_file
+
+    saved = parse_model("test_ssmamba@none").load(seed=5)
+    save_file(saved.model.state_dict(), tmp_path / "w.safetensors")
+    read = parse_model(f"test_ssmamba@{tmp_path / 'w.safetensors'}").load()
+    assert read.provenance()["weights_sha256"] == saved.provenance()["weights_sha256"]
+
+
+def test_no_published_weights_names_the_ways_out():
+    with pytest.raises(ValueError, match=r"no published weights; write test_ssmamba@RUN .* or test_ssmamba@none"):
+        parse_model("test_ssmamba").load()
+
+
+def test_unknown_names_are_left_to_the_encoder():
+    with pytest.raises(ValueError, match="unknown model 'ssmamba_tinny'; did you mean"):
+        parse_model("ssmamba_tinny").load()
+    with pytest.raises(ValueError, match=r"unknown weights 'resnet18\.nonsense'; published are"):
+        parse_model("resnet18.nonsense").load()
