@@ -48,7 +48,7 @@ def command(ctx: click.Context, out: str, config_file: str | None, settings, res
     ssmamba pretrain --data tiles --model ssmamba_tiny --out run
     ssmamba pretrain --resume --out run
     ssmamba pretrain --config run/config.yaml --out run2 --set view_args.mask_ratio=0.6
-    accelerate launch --num_processes 4 -m ssmamba_models.cli.main pretrain ...
+    accelerate launch --num_processes 4 $(which ssmamba) pretrain --data tiles --out run
 
     Exit code: 0 trained to the end, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM (with a checkpoint).
     """
@@ -68,7 +68,9 @@ def _source(config_file: str | None, out: str, resume: bool) -> str | Path | Non
 
 def _report(result: TrainResult, quiet: bool) -> None:
     if result.unreadable:
-        click.echo(f"{len(result.unreadable)} tiles were unreadable and replaced by others; see log.jsonl", err=True)
+        count = len(result.unreadable)
+        tiles = "1 tile was" if count == 1 else f"{count} tiles were"
+        click.echo(f"{tiles} unreadable and replaced by others; log.jsonl names them", err=True)
     if result.stopped_by is not None:
         click.echo(
             f"stopped after step {result.step} of {result.steps}, with a checkpoint; go on with --resume", err=True

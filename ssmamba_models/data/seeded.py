@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -105,27 +106,30 @@ class SeededTile:
     """What became of one tile.
 
     Attributes:
-        views: what the transform made of it.
+        views: the tensors that the transform made of it; None where no tile at all is readable.
         index: the tile shown; another than the one asked for where that was unreadable.
         unreadable: (index, reason) of each tile that had to be passed over.
     """
 
-    views: Any
+    views: dict[str, torch.Tensor] | None
     index: int
     unreadable: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class SeededBatch:
-    """The views of a batch, stacked, and what was unreadable on the way to them."""
+    """The views of a batch, stacked, and what was unreadable on the way to them; views are None where nothing is
+    readable."""
 
-    views: Any
+    views: dict[str, torch.Tensor] | None
     indices: list[int]
     unreadable: list[tuple[int, str]]
 
     def pin_memory(self) -> SeededBatch:
         """Copy the views to page-locked memory (a `DataLoader` with `pin_memory=True` calls this)."""
-        pinned = torch.utils.data._utils.pin_memory.pin_memory(self.views)
+        if self.views is None:
+            return self
+        pinned = {name: tensor.pin_memory() for name, tensor in self.views.items()}
         return SeededBatch(pinned, self.indices, self.unreadable)
 
 
@@ -136,10 +140,9 @@ class SeededTiles(Dataset):
 
     Args:
         tiles: the tiles.
-        transform: (PIL RGB image, torch.Generator) -> tensors; draws from that generator alone. Or, where `labels` are
-            given, what it returns becomes `{"image": ..., "label": ...}`.
+        transform: (PIL RGB image, torch.Generator) -> dict of tensors; draws from that generator alone.
         seed: of the views.
-        labels: N class indices, or None.
+        labels: N class indices; the transform then returns one tensor, and the views are `image` and `label`.
     """
 
     def __init__(self, tiles: TileFolder, transform: Callable[..., Any], seed: int, labels: list[int] | None = None):
@@ -151,7 +154,7 @@ class SeededTiles(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> SeededTile:
         epoch, asked = key
         unreadable = []
-        for index in (*range(asked, len(self)), *range(asked)):
+        for index in itertools.chain(range(asked, len(self)), range(asked)):
             try:
                 image = read_tile(self.tiles.root / self.tiles.paths[index])
                 views = self._views(image, epoch, index)
@@ -160,10 +163,8 @@ class SeededTiles(Dataset):
                 unreadable.append((index, " ".join(str(error).split()) or type(error).__name__))
                 continue
             return SeededTile(views, index, tuple(unreadable))
-        path, reason = self.tiles.paths[unreadable[0][0]], unreadable[0][1]
-        raise ValueError(
-            f"none of the {len(self)} tiles in {str(self.tiles.root)!r} is readable (first: {path}: {reason})"
-        )
+        # Not raised here: what leaves a worker process as an exception arrives wrapped in a traceback.
+        return SeededTile(None, asked, tuple(unreadable))
 
     def _views(self, image: Any, epoch: int, index: int) -> Any:
         views = self.transform(image, torch.Generator().manual_seed(mixed_seed(self.seed, epoch, index)))
@@ -173,7 +174,7 @@ class SeededTiles(Dataset):
 def collate_seeded(items: list[SeededTile]) -> SeededBatch:
     """Stack a batch (the `collate_fn` of a `DataLoader` over `SeededTiles`)."""
     return SeededBatch(
-        views=default_collate([item.views for item in items]),
+        views=None if any(item.views is None for item in items) else default_collate([item.views for item in items]),
         indices=[item.index for item in items],
         unreadable=[bad for item in items for bad in item.unreadable],
     )

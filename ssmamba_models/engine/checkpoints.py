@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """Those that are there, oldest first."""
-        return sorted(self.folder.glob("step-*.pt"), key=lambda path: int(path.stem.removeprefix("step-")))
+        named = [path for path in self.folder.glob("step-*.pt") if path.stem.removeprefix("step-").isdecimal()]
+        return sorted(named, key=lambda path: int(path.stem.removeprefix("step-")))
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Write one, then remove those beyond `keep` and those of later steps.
@@ -69,6 +71,7 @@ class Checkpoints:
         paths = self.paths()[::-1]
         for path in paths:
             try:
+                _check_sums(path)
                 # weights_only: a checkpoint is data, and must not run code.
                 return torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:
@@ -85,6 +88,14 @@ class Checkpoints:
         """Remove what a killed process left half-written."""
         for part in self.folder.glob(".step-*.part.pt"):
             part.unlink(missing_ok=True)
+
+
+def _check_sums(path: Path) -> None:
+    # torch writes a checksum of every tensor, and does not look at it when it reads.
+    with zipfile.ZipFile(path) as archive:
+        bad = archive.testzip()
+    if bad is not None:
+        raise ValueError(f"{bad} does not fit its checksum")
 
 
 def save_weights(path: str | os.PathLike, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from ssmamba_models.data.seeded import GlobalBatches, SeededBatch, SeededTiles, collate_seeded, mixed_seed
 from ssmamba_models.engine.checkpoints import Checkpoints, plain_state, save_weights
+from ssmamba_models.engine.clock import Clock
 from ssmamba_models.engine.config import config_values
 from ssmamba_models.engine.optimisation import create_optimizer, create_schedule, parameter_groups
 from ssmamba_models.engine.processes import StopSignals, default_workers, ignore_stop_signals, use_bf16
@@ -149,7 +149,7 @@ class Trainer:
             self._export()
             return
         self.module.train()
-        clock = _Clock(self.state.seconds, self._images())
+        clock = Clock(self.state.seconds, self._images())
         batches = self._loaded_batches()
         while self.state.step < self.batches.steps:
             values = self._step(batches, clock, signals)
@@ -164,13 +164,13 @@ class Trainer:
             if stop:
                 return
 
-    def _step(self, batches: Iterator[SeededBatch], clock: _Clock, signals: StopSignals) -> dict[str, float]:
+    def _step(self, batches: Iterator[SeededBatch], clock: Clock, signals: StopSignals) -> dict[str, float]:
         """One update; returns the global batch's means of what the module gave, and what all processes agree on."""
         sums: dict[str, torch.Tensor] = {}
         for micro in range(self.config.accumulate):
             with clock.waiting():
                 batch = next(batches)
-            self._note_unreadable(batch.unreadable)
+            self._note_unreadable(batch)
             views = to_device(batch.views, self.device)
             last = micro == self.config.accumulate - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
@@ -200,7 +200,9 @@ class Trainer:
     def _check_finite(self, values: Mapping[str, float]) -> None:
         if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
             return
-        good = f"the last good checkpoint is {self.newest}" if self.newest else "there is no checkpoint yet"
+        good = "there is no checkpoint yet"
+        if self.newest:
+            good = f"the last good checkpoint is {self.newest}, and --init {self.run} starts from its weights"
         raise ValueError(
             f"the training diverged at step {self.state.step}: loss {values['loss']}, gradient norm "
             f"{values['grad_norm']}, learning rate {values['lr']:.3g}; {good}. Cures, in a new --out: a lower --lr, a "
@@ -210,7 +212,7 @@ class Trainer:
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def _record(self, values: dict[str, float], clock: _Clock) -> None:
+    def _record(self, values: dict[str, float], clock: Clock) -> None:
         sums = self.state.sums
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value
@@ -225,7 +227,7 @@ class Trainer:
         epoch = (self.state.step - 1) // self.batches.steps_per_epoch + 1
         return {"step": self.state.step, "epoch": epoch, "images": self._images()}
 
-    def _end_epoch(self, clock: _Clock) -> None:
+    def _end_epoch(self, clock: Clock) -> None:
         means = {name: value / self.batches.steps_per_epoch for name, value in self.state.sums.items()}
         self.state.sums = {}
         record = {**self._place(), "event": "epoch", **means, "seconds": round(clock.seconds(), 3)}
@@ -265,17 +267,26 @@ class Trainer:
                 "fewer --workers (0 reads in the main process), then go on with --resume"
             ) from error
 
-    def _note_unreadable(self, found: list[tuple[int, str]]) -> None:
-        for index, reason in found:
-            path = self.task.data.tiles.paths[index]
-            if path not in self.state.unreadable:
-                self.state.unreadable[path] = reason
-                self.log.tell(f"unreadable, replaced: {path!r}: {reason}")
-                self.log.write({"step": self.state.step, "event": "unreadable", "path": path, "reason": reason})
+    def _note_unreadable(self, batch: SeededBatch) -> None:
+        tiles = self.task.data.tiles
+        found = {tiles.paths[index]: reason for index, reason in batch.unreadable}
+        self._report_unreadable(found, self.state.step + 1)
+        if batch.views is None:
+            path, reason = tiles.paths[batch.unreadable[0][0]], batch.unreadable[0][1]
+            raise ValueError(
+                f"none of the {len(tiles)} tiles in {str(tiles.root)!r} is readable (first: {path}: {reason})"
+            )
+
+    def _report_unreadable(self, found: Mapping[str, str], step: int) -> None:
+        new = {path: reason for path, reason in found.items() if path not in self.state.unreadable}
+        self.state.unreadable.update(new)
+        for path, reason in new.items():
+            self.log.tell(f"unreadable, replaced: {path!r}: {reason}")
+            self.log.write({"step": step, "event": "unreadable", "path": path, "reason": reason})
 
     # --- checkpoints
 
-    def _minutes_passed(self, clock: _Clock) -> bool:
+    def _minutes_passed(self, clock: Clock) -> bool:
         minutes = self.config.checkpoint_minutes
         return minutes is not None and self.accelerator.is_main_process and clock.since_save() >= 60 * minutes
 
@@ -285,10 +296,11 @@ class Trainer:
         by_epochs = config.checkpoint_epochs is not None and epoch_ended and self.epoch % config.checkpoint_epochs == 0
         return by_steps or by_epochs or step == self.batches.steps
 
-    def _save(self, clock: _Clock) -> None:
+    def _save(self, clock: Clock) -> None:
         generators = self._gather(rng_state(self.device))
-        unreadable = self._gather(self.state.unreadable)
-        self.state.unreadable = {path: reason for found in unreadable for path, reason in found.items()}
+        # Only the first process writes: what the others could not read it learns here.
+        for found in self._gather(dict(self.state.unreadable)):
+            self._report_unreadable(found, self.state.step)
         self.state.seconds = clock.seconds()
         if self.accelerator.is_main_process:
             self.log.sync()
@@ -370,42 +382,6 @@ def global_batches(
         accumulate=config.accumulate,
         weights=weights,
     )
-
-
-class _Clock:
-    """Time of a training: in all, since the last log line, since the last checkpoint, and waiting for data."""
-
-    def __init__(self, before: float, images: int):
-        self.start = time.perf_counter() - before
-        self.lap_start = self.save_time = time.perf_counter()
-        self.waited, self.lap_images = 0.0, images
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
-
-    def since_save(self) -> float:
-        return time.perf_counter() - self.save_time
-
-    def saved(self) -> None:
-        self.save_time = time.perf_counter()
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
-
-    def lap(self, images: int) -> dict[str, float]:
-        """Speed since the last call: images per second, and the share of the time spent waiting for data."""
-        now = time.perf_counter()
-        passed = max(now - self.lap_start, 1e-9)
-        speed = {
-            "images_per_second": round((images - self.lap_images) / passed, 2),
-            "data_wait": round(self.waited / passed, 4),
-            "seconds": round(now - self.start, 3),
-        }
-        self.lap_start, self.lap_images, self.waited = now, images, 0.0
-        return speed
 
 
 def to_device(views: Any, device: torch.device) -> Any:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,8 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 
 class StopSignals:
-    """Remembers SIGTERM and SIGINT, so that a training can end in order; a second one ends it at once.
+    """Remembers SIGTERM and SIGINT, so that a training can end in order; another one, two seconds later,
+    ends it at once.
 
     Attributes:
         received: the signal's number, or None.
@@ -72,6 +74,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.since = 0.0
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[StopSignals]:
@@ -87,9 +90,11 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def _remember(self, number: int, frame: object) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self.since = number, time.monotonic()
+        # Ctrl-C comes twice to what torchrun started: from the terminal and from torchrun.
+        elif time.monotonic() - self.since > 2:
             raise KeyboardInterrupt
-        self.received = number
 
 
 def ignore_stop_signals(worker: int) -> None:
