@@ -118,8 +118,9 @@ def _published_hash(config: Mapping[str, Any]) -> str | None:
 def _compare(path: Path, published: str | None, name: str) -> None:
     if published is None:
         return
+    path = path.resolve()  # the cache links to its files; to delete a link is no cure
     status = path.stat()
-    found = _hash(str(path.resolve()), status.st_size, status.st_mtime_ns)
+    found = _hash(str(path), status.st_size, status.st_mtime_ns)
     if found != published:
         raise WeightsError(
             f"the weights of {name} are not those that were published: the SHA-256 of {str(path)!r} is {found}, and "
@@ -165,12 +166,18 @@ def hub_file(repository: str, filename: str, cache_dir: str | os.PathLike | None
     from huggingface_hub.errors import HFValidationError
 
     name, _, revision = repository.partition("@")
+    if "@" in revision:
+        raise ValueError(_no_name(repository))
     try:
         return Path(hf_hub_download(name, filename, revision=revision or None, cache_dir=cache_dir))
     except HFValidationError as error:
-        raise ValueError(f"{repository!r} names no repository; expected ORG/NAME or ORG/NAME@REVISION") from error
+        raise ValueError(_no_name(repository)) from error
     except Exception as error:
         raise _explain(error, name, revision, filename) from error
+
+
+def _no_name(repository: str) -> str:
+    return f"{repository!r} names no repository; expected ORG/NAME or ORG/NAME@REVISION"
 
 
 def _explain(error: Exception, name: str, revision: str, filename: str) -> WeightsError:
@@ -180,7 +187,10 @@ def _explain(error: Exception, name: str, revision: str, filename: str) -> Weigh
     at = f"{name!r} at revision {revision!r}" if revision else f"{name!r}"
     if isinstance(error, errors.GatedRepoError):
         return WeightsError(f"{name!r} is gated: ask for access on {where}/{name}, then log in (hf auth login)")
-    if isinstance(error, errors.RepositoryNotFoundError):
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    # A hub tells a private repository from none only to who may see it; a bad token it does tell.
+    hidden = status == 401 and "Invalid credentials" not in str(error)
+    if isinstance(error, errors.RepositoryNotFoundError) or hidden:
         return WeightsError(
             f"there is no repository {name!r} on {where}, or it is private: check the name; "
             "for a private one log in (hf auth login) or set HF_TOKEN"
@@ -191,7 +201,6 @@ def _explain(error: Exception, name: str, revision: str, filename: str) -> Weigh
         return WeightsError(_explain_unreachable(at, where, constants.HF_HUB_OFFLINE))
     if isinstance(error, errors.EntryNotFoundError):
         return _MissingFile(f"the repository {at} holds no {filename}")
-    status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return WeightsError(f"{where} refuses the token for {at}: log in again (hf auth login), or renew HF_TOKEN")
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
