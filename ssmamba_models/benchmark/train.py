@@ -210,8 +210,10 @@ def _loader(plan: TrainPlan, tiles: LabelledTiles) -> DataLoader:
 
 def _first_batch(plan: TrainPlan, tiles: LabelledTiles) -> dict[str, Tensor]:
     dataset = _dataset(plan, tiles)
-    items = [dataset[divmod(number, len(tiles))] for number in range(plan.batch)]
-    return to_device(collate_seeded(items).views, torch.device(plan.device))
+    batch = collate_seeded([dataset[divmod(number, len(tiles))] for number in range(plan.batch)])
+    if batch.views is None:
+        raise ValueError(f"none of the {len(tiles)} tiles in {str(tiles.root)!r} is readable")
+    return to_device(batch.views, torch.device(plan.device))
 
 
 def _time_steps(plan: TrainPlan, steps: dict[str, TrainStep], batch: dict[str, Tensor]) -> list[dict]:

@@ -47,7 +47,7 @@ def classification_metrics(
     count = len(classes)
     predictions = probabilities.argmax(dim=1)
     confusion = metrics.multiclass_confusion_matrix(predictions, targets, count)
-    options = {"num_classes": count, "average": "none", "zero_division": 0}
+    options = {"num_classes": count, "average": "none"}
     columns = {
         "precision": metrics.multiclass_precision(predictions, targets, **options),
         "recall": metrics.multiclass_recall(predictions, targets, **options),

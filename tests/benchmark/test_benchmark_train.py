@@ -179,3 +179,9 @@ def test_from_the_command_line_with_workers_and_synthetic_tiles(ssmamba, tmp_pat
 def test_bad_plans_are_refused(labelled_tiles, changes, message):
     with pytest.raises(ValueError, match=message):
         run_train(TrainPlan(**{**TINY, "data": str(labelled_tiles), **changes}))
+
+
+def test_a_folder_without_a_readable_tile(tmp_path):
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"none of the 1 tiles in .* is readable"):
+        run_train(TrainPlan(**TINY, data=str(tmp_path)))

@@ -1,0 +1,79 @@
+"""`ssmamba finetune`: a classifier from labelled tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ssmamba_models.cli.runs import exit_code, read_config, report_end
+from ssmamba_models.engine.finetune import FinetuneResult, finetune
+from ssmamba_models.engine.finetune_config import FinetuneConfig
+
+
+@click.command()
+@click.option("--data", type=click.Path(), help="Folder of labelled tiles.")
+@click.option("--out", required=True, type=click.Path(), help="Run folder to write.")
+@click.option("--config", "config_file", type=click.Path(), help="YAML of settings, such as another run's config.yaml.")
+@click.option("--model", help="Ours, or any timm name. Default: ssmamba_small.")
+@click.option("--init", help="Encoder to start from: pretrained, none, a file or a run folder. Default: pretrained.")
+@click.option("--classes", multiple=True, metavar="A,B,C", help="Take the tiles of these classes. Default: all.")
+@click.option("--val-fraction", type=float, help="Share of the groups held out if there is no split. Default: 0.2.")
+@click.option("--train-fraction", type=float, help="Train on this share of the training groups. Default: 1.")
+@click.option(
+    "--balance",
+    type=click.Choice(["none", "loss", "sampler"]),
+    help="Let rare classes count as much: by weights in the loss, or by drawing them more often. Default: none.",
+)
+@click.option("--epochs", type=int, help="Passes over the data. Default: 100.")
+@click.option("--batch-size", type=int, help="Tiles per step, over all processes. Default: 64.")
+@click.option("--accumulate", type=int, help="Cut a batch into so many parts, to need less memory. Default: 1.")
+@click.option("--lr", type=float, help="Peak learning rate. Default: 5e-4 * batch size / 256.")
+@click.option("--warmup-epochs", type=float, help="Epochs of rising learning rate. Default: a tenth.")
+@click.option("--layer-decay", type=float, help="Factor on the learning rate per layer downwards. Default: 0.65.")
+@click.option("--label-smoothing", type=float, help="Default: 0.1.")
+@click.option("--drop-path", "drop_path_rate", type=float, help="Default: the model's own.")
+@click.option("--mixup", type=float, help="Alpha of mixup. Default: 0, without.")
+@click.option("--cutmix", type=float, help="Alpha of cutmix. Default: 0, without.")
+@click.option("--freeze-encoder", is_flag=True, default=None, help="Train the classifier layer alone.")
+@click.option("--img-size", type=int, help="Side of the input in pixels. Default: 224.")
+@click.option("--ema-decay", type=float, help="Validate and keep an average of the weights with this decay.")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="Default: bf16 on GPUs that have it.")
+@click.option("--seed", type=int, help="Seed of weights, order, views and --train-fraction. Default: 0.")
+@click.option("--workers", type=int, help="Processes that read tiles; 0: none. Default: by the machine.")
+@click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting; may be repeated.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out (started if there is none).")
+@click.option("--quiet", is_flag=True, help="No progress bar and no closing line.")
+@click.pass_context
+def command(ctx: click.Context, out: str, config_file: str | None, settings, resume: bool, quiet: bool, **options: Any):
+    """Train a classifier on labelled tiles, and validate it on groups that it never saw.
+
+    Labels come from class folders (DATA/tumour/a.png), also below DATA/train and DATA/val, or from DATA/manifest.csv
+    with the columns path, label and, if you have them, group (patient or slide; never divided) and split (train, val).
+
+    OUT gets config.yaml (every setting), log.jsonl, tensorboard/, checkpoints/ and, of the epoch with the best
+    macro-F1, weights.safetensors, metrics.json and predictions.csv.
+
+    \b
+    ssmamba finetune --data tiles --model ssmamba_small --out run
+    ssmamba finetune --data tiles --model ssmamba_tiny --init pretraining_run --out run --train-fraction 0.1
+    ssmamba finetune --resume --out run
+    ssmamba embed tiles --model ssmamba_small --checkpoint run --out features.h5
+    accelerate launch --num_processes 4 $(which ssmamba) finetune --data tiles --out run
+
+    Exit code: 0 trained to the end, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM (with a checkpoint).
+    """
+    config = read_config(FinetuneConfig, config_file, out, resume, settings, options)
+    result = finetune(config, out, resume=resume, progress=not quiet)
+    report_end(result.training, _closing(result) if result.best else "", quiet)
+    ctx.exit(exit_code(result.training))
+
+
+def _closing(result: FinetuneResult) -> str:
+    best = result.best
+    area = "" if best["macro_auc"] is None else f", macro AUC {best['macro_auc']:.4f}"
+    return (
+        f"best epoch {best['epoch']}: accuracy {best['accuracy']:.4f}, macro-F1 {best['macro_f1']:.4f}{area} on the "
+        f"validation tiles -> {result.training.run}/weights.safetensors"
+    )

@@ -1,0 +1,56 @@
+"""What the commands that train share: where their settings come from, and how a run ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ssmamba_models.engine.config import load_config, parse_setting
+from ssmamba_models.engine.loop import TrainResult
+
+Config = TypeVar("Config")
+
+
+def read_config(
+    cls: type[Config],
+    config_file: str | None,
+    out: str,
+    resume: bool,
+    settings: Sequence[str],
+    options: Mapping[str, Any],
+) -> Config:
+    """Settings from --config (or the run that is resumed), then --set, then the options that were given.
+
+    Raises:
+        ValueError, OSError, ImportError: as `load_config` and `parse_setting`.
+    """
+    overrides = dict(map(parse_setting, settings))
+    overrides |= {key: value for key, value in options.items() if value not in (None, ())}
+    if options.get("classes"):
+        names = [name.strip() for text in options["classes"] for name in text.split(",")]
+        overrides["classes"] = tuple(name for name in names if name)
+    saved = Path(out) / "config.yaml"
+    source = saved if config_file is None and resume and saved.exists() else config_file
+    return load_config(cls, source, overrides)
+
+
+def report_end(result: TrainResult, closing: str, quiet: bool) -> None:
+    """Say how a run ended; `closing` is the line of one that came to its end."""
+    if result.unreadable:
+        count = len(result.unreadable)
+        tiles = "1 tile was" if count == 1 else f"{count} tiles were"
+        click.echo(f"{tiles} unreadable and replaced by others; log.jsonl names them", err=True)
+    if result.stopped_by is not None:
+        click.echo(
+            f"stopped after step {result.step} of {result.steps}, with a checkpoint; go on with --resume", err=True
+        )
+    elif not quiet:
+        click.echo(closing)
+
+
+def exit_code(result: TrainResult) -> int:
+    """0, or what a shell expects of a process that a signal ended."""
+    return 0 if result.stopped_by is None else 128 + result.stopped_by
