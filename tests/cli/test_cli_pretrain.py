@@ -1,9 +1,11 @@
 """`ssmamba pretrain`: settings from three places, plain errors, exit codes that tell."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -102,8 +104,6 @@ def test_no_data(ssmamba, tmp_path):
 
 
 def test_unreadable_tiles_are_counted(ssmamba, labelled_tiles, tmp_path):
-    import shutil
-
     tiles = shutil.copytree(labelled_tiles, tmp_path / "tiles")
     (tiles / "solid" / "solid_000.png").write_text("no image")
     result = ssmamba("pretrain", "--data", tiles, "--out", tmp_path / "run", *QUICK, "--batch-size", 9)
@@ -123,7 +123,7 @@ def test_a_signal_ends_it_in_order(labelled_tiles, tmp_path, sign):
         start_new_session=True,
     )
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
-        pass
+        time.sleep(0.05)
     # To the whole group, its reader of tiles too, as a terminal or a batch system does.
     os.killpg(process.pid, sign)
     _, error = process.communicate(timeout=60)
