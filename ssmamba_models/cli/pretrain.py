@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from ssmamba_models.engine.config import load_config, parse_setting
-from ssmamba_models.engine.loop import TrainResult
+from ssmamba_models.cli.runs import exit_code, read_config, report_end
 from ssmamba_models.engine.methods import METHODS
 from ssmamba_models.engine.pretrain import PretrainConfig, pretrain
 
@@ -20,7 +18,7 @@ from ssmamba_models.engine.pretrain import PretrainConfig, pretrain
 @click.option("--method", type=click.Choice(sorted(METHODS)), help="Default: mamim.")
 @click.option("--model", help="An ssmamba model. Default: ssmamba_small.")
 @click.option("--init", help="Weights to start from: none, pretrained, a file or a run folder. Default: none.")
-@click.option("--classes", multiple=True, help="Take the tiles of this class; may be repeated. Default: all.")
+@click.option("--classes", multiple=True, metavar="A,B,C", help="Take the tiles of these classes. Default: all.")
 @click.option("--split", help="Where the data has splits, take this one. Default: train.")
 @click.option("--epochs", type=int, help="Passes over the data. Default: 100.")
 @click.option("--batch-size", type=int, help="Tiles per step, over all processes. Default: 256.")
@@ -52,31 +50,11 @@ def command(ctx: click.Context, out: str, config_file: str | None, settings, res
 
     Exit code: 0 trained to the end, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM (with a checkpoint).
     """
-    overrides = dict(map(parse_setting, settings))
-    overrides |= {key: value for key, value in options.items() if value not in (None, ())}
-    config = load_config(PretrainConfig, _source(config_file, out, resume), overrides)
+    config = read_config(PretrainConfig, config_file, out, resume, settings, options)
     result = pretrain(config, out, resume=resume, progress=not quiet)
-    _report(result, quiet)
-    if result.stopped_by is not None:
-        ctx.exit(128 + result.stopped_by)
-
-
-def _source(config_file: str | None, out: str, resume: bool) -> str | Path | None:
-    saved = Path(out) / "config.yaml"
-    return saved if config_file is None and resume and saved.exists() else config_file
-
-
-def _report(result: TrainResult, quiet: bool) -> None:
-    if result.unreadable:
-        count = len(result.unreadable)
-        tiles = "1 tile was" if count == 1 else f"{count} tiles were"
-        click.echo(f"{tiles} unreadable and replaced by others; log.jsonl names them", err=True)
-    if result.stopped_by is not None:
-        click.echo(
-            f"stopped after step {result.step} of {result.steps}, with a checkpoint; go on with --resume", err=True
-        )
-    elif not quiet:
-        click.echo(f"{result.step} steps{_loss(result.last)} -> {result.run}/weights.safetensors")
+    closing = f"{result.step} steps{_loss(result.last)} -> {result.run}/weights.safetensors"
+    report_end(result, closing, quiet)
+    ctx.exit(exit_code(result))
 
 
 def _loss(last: dict[str, Any]) -> str:
