@@ -110,6 +110,7 @@ def embed_tiles(
     attributes: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    title: str = "embed",
 ) -> EmbedSummary:
     """Embed tiles that were found into one HDF5 file, with an encoder that was made.
 
@@ -117,6 +118,7 @@ def embed_tiles(
         tiles: the tiles.
         encoder: what computes the features; its provenance becomes the file's attributes.
         attributes: more attributes for the file.
+        title: what the progress bar is called.
         out, batch_size, workers, overwrite, progress: as `embed_folder`.
 
     Returns:
@@ -130,7 +132,7 @@ def embed_tiles(
     labelled, attributes = tiles.labels is not None, {**encoder.provenance(), **(attributes or {})}
     start = time.perf_counter()
     with (
-        _progress_bar(len(tiles), progress) as bar,
+        _progress_bar(len(tiles), progress, title) as bar,
         write_features(out, encoder.embed_dim, labelled=labelled, attributes=attributes, overwrite=overwrite) as writer,
     ):
         unreadable = _embed_into(writer, tiles, encoder, loader, bar)
@@ -162,10 +164,10 @@ def _default_workers(device: torch.device) -> int:
     return min(8, cores) if device.type != "cpu" else 1
 
 
-def _progress_bar(count: int, progress: bool) -> tqdm:
+def _progress_bar(count: int, progress: bool, title: str) -> tqdm:
     # A log file wants a line now and then, not ten a second.
     interval = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(total=count, unit="tile", desc="embed", disable=not progress, mininterval=interval)
+    return tqdm(total=count, unit="tile", desc=title, disable=not progress, mininterval=interval)
 
 
 def _embed_into(

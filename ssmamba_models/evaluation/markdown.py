@@ -78,7 +78,7 @@ def _task(task: dict, report: dict) -> list[str]:
     labels = list(task["results"])
     return [
         f"## Task {task['name']}: {', '.join(task['classes'])}",
-        _protocol(task),
+        _protocol(task, report["data"]["groups"] is not None),
         "### Scores",
         _scores(task, labels),
         _method_notes(task, labels),
@@ -93,11 +93,12 @@ def _task(task: dict, report: dict) -> list[str]:
     ]
 
 
-def _protocol(task: dict) -> str:
+def _protocol(task: dict, grouped: bool) -> str:
     protocol = task["protocol"]
     train = [count for seed in protocol["train_tiles"] for count in seed]
     learned = f"{min(train)} to {max(train)}" if min(train) < max(train) else str(train[0])
-    scored = f"{protocol['test_tiles']} tiles of {protocol['test_groups']} groups"
+    groups = f" of {protocol['test_groups']} groups" if grouped else ""
+    scored = f"{protocol['test_tiles']} tiles{groups}"
     if protocol["kind"] == "split":
         split = protocol["test_split"]
         return f"Learned from {learned} tiles of the split train; scored on {scored} of the split {split}."
@@ -212,8 +213,8 @@ def _how_to_read(report: dict) -> str:
             "- Macro-F1 and AUC weigh every class alike; AUC is of each class against the rest.",
             f"- A figure is the mean over {settings['seeds']} seeds. In brackets its 95 % interval: percentiles of "
             f"{settings['draws']} bootstrap draws of the scored groups (class by class) and of the seeds.",
-            "- p: twice the share of draws in which the difference has the other sign or is 0. It is not corrected for "
-            "the number of comparisons.",
+            "- p: twice the share of draws in which the difference has the other sign or is 0; so many draws show "
+            f"{2 / (settings['draws'] + 1):.3f} at the least. It is not corrected for the number of comparisons.",
             *(f"- Note: {note}." for note in report["notes"]),
         )
     )

@@ -25,7 +25,7 @@ def _figure(columns: int, rows: int = 1, side: float = 3.6):
 
 
 def draw_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], title: str) -> None:
-    """Draw a confusion matrix: colour and first number are shares of the true class, the second counts.
+    """Draw a confusion matrix: colour and first number are shares of the true class, the second counts over all seeds.
 
     Args:
         path: PNG file.
@@ -39,7 +39,7 @@ def draw_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], ti
     image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axis, shrink=0.75, label="share of the true class")
     ticks = range(len(classes))
-    axis.set(xlabel="predicted", ylabel="true", title=title)
+    axis.set(xlabel="predicted (shares; counts of all seeds)", ylabel="true", title=title)
     axis.set_xticks(ticks, classes, rotation=45, ha="right")
     axis.set_yticks(ticks, classes)
     if len(classes) <= 20:

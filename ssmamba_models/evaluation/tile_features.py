@@ -94,6 +94,7 @@ def tile_features(
             attributes={_TILES_KEY: key},
             overwrite=True,
             progress=progress,
+            title=Path(path).stem,
         )
     table = read_features(path) if kept is None else kept
     place_of = {name: place for place, name in enumerate(tiles.paths)}

@@ -51,12 +51,14 @@ def test_random_weights_vary_with_the_seed_and_nothing_else_does():
     assert not parse_model("test_ssmamba@run").varies
 
 
-def test_weights_of_a_file(tmp_path):
+@pytest.mark.parametrize("init", ["weights.safetensors", ""])
+def test_weights_of_a_file_and_of_a_run_folder(tmp_path, init):
     from safetensors.torch import save_file
 
     saved = parse_model("test_ssmamba@none").load(seed=5)
-    save_file(saved.model.state_dict(), tmp_path / "w.safetensors")
-    read = parse_model(f"test_ssmamba@{tmp_path / 'w.safetensors'}").load()
+    state = {name: tensor.contiguous() for name, tensor in saved.model.state_dict().items()}
+    save_file(state, tmp_path / "weights.safetensors")
+    read = parse_model(f"test_ssmamba@{tmp_path / init}").load()
     assert read.provenance()["weights_sha256"] == saved.provenance()["weights_sha256"]
 
 
