@@ -31,7 +31,7 @@ def train(folder, arguments, out):
         img_size=arguments.size,
         epochs=arguments.epochs,
         batch_size=16,
-        lr=2e-3,
+        lr=2e-4,
         # Layer decay protects a pretrained encoder; a random one has nothing to protect.
         layer_decay=None if arguments.init == "none" else 0.65,
     )
@@ -62,7 +62,7 @@ def main():
     parser.add_argument("--out", help="run folder to write; default: a temporary one")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = arguments.folder or write_synthetic_tiles(Path(scratch) / "tiles", tiles_per_kind=32, size=96)
+        folder = arguments.folder or write_synthetic_tiles(Path(scratch) / "tiles", tiles_per_kind=32, size=128)
         out = Path(arguments.out or Path(scratch) / "run")
         classes = train(folder, arguments, out)
         tiles = read_tiles(folder)
