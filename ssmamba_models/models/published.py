@@ -204,7 +204,7 @@ def _explain(error: Exception, name: str, revision: str, filename: str) -> Weigh
     if status in (401, 403):
         return WeightsError(f"{where} refuses the token for {at}: log in again (hf auth login), or renew HF_TOKEN")
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return WeightsError(f"the download of {filename} from {at} did not end ({reason}); nothing half is kept: try again")
+    return WeightsError(f"the download of {filename} from {at} did not end ({reason}); try again")
 
 
 def _explain_unreachable(at: str, where: str, offline: bool) -> str:

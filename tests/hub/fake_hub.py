@@ -174,7 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif name in self.hub.repos:
             self._send(409, {"error": "You already created this model repo", "url": f"{self.hub.endpoint}/{name}"})
         else:
-            self.hub.add(name, {".gitattributes": b""}, private=wanted.get("visibility") == "private")
+            private = wanted.get("private") or wanted.get("visibility") == "private"  # older clients, newer ones
+            self.hub.add(name, {".gitattributes": b""}, private=private)
             self._send(200, {"url": f"{self.hub.endpoint}/{name}", "name": name})
 
     def _branch(self, name: str, branch: str) -> None:
