@@ -11,16 +11,18 @@ from ssmamba_models.engine.embed import EmbedSummary, embed_folder
 @click.command()
 @click.argument("folder", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="HDF5 file to write; its folder must exist.")
-@click.option("--model", default="ssmamba_small", show_default=True, help="Ours, or any timm name.")
+@click.option("--model", default="ssmamba_small", show_default=True, help="Ours, any timm name, or hf-hub:ORG/NAME.")
 @click.option("--pretrained", is_flag=True, help="Use the model's published weights.")
-@click.option("--checkpoint", type=click.Path(), help="Use the weights of this .safetensors or .pth file.")
+@click.option("--checkpoint", type=click.Path(), help="Use the weights of this file or run folder.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Tiles per forward pass.")
 @click.option(
     "--workers", type=click.IntRange(0), help="Processes that decode tiles; 0: none. Default: by the machine."
 )
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
 @click.option("--bf16", is_flag=True, help="Compute in bfloat16: for GPUs; most CPUs get slower.")
-@click.option("--img-size", type=click.IntRange(1), help="Side of the input in pixels. Default: the model's own.")
+@click.option(
+    "--img-size", type=click.IntRange(1), help="Side of the input in pixels. Default: the checkpoint's or model's own."
+)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of random weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no closing line.")

@@ -233,7 +233,7 @@ class TestHub:
     def clean(self, monkeypatch, tmp_path):
         for name in (
             *("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_TOKEN"),
-            *("HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"),
+            *("HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_OFFLINE"),
         ):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -259,6 +259,26 @@ class TestHub:
     def test_offline(self, monkeypatch):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         assert by_name(hub.check_hub())["offline"].status == "warning"
+
+    @pytest.mark.parametrize(
+        ("variable", "value"),
+        [
+            ("HF_HUB_OFFLINE", "true"),
+            ("HF_HUB_OFFLINE", "0"),
+            ("TRANSFORMERS_OFFLINE", "1"),
+            ("HF_HUB_CACHE", "$HOME/one"),
+            ("HUGGINGFACE_HUB_CACHE", "~/two"),
+            ("HF_HOME", "$HOME/three"),
+        ],
+    )
+    def test_the_client_reads_the_variables_alike(self, monkeypatch, tmp_path, variable, value):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv(variable, value)
+        code = "from huggingface_hub.constants import HF_HUB_CACHE as c, HF_HUB_OFFLINE as o; print(c); print(o)"
+        cache, offline = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+        found = by_name(hub.check_hub())
+        assert found["cache"].text.startswith(f"{cache} (")
+        assert (found["offline"].status == "warning") == (offline == "True")
 
     def test_endpoint(self, monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", "hf-mirror.com")

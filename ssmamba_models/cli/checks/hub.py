@@ -21,11 +21,12 @@ def check_hub() -> list[Finding]:
 
 def _hub_home() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("HF_HOME") or Path(base) / "huggingface").expanduser()
+    return Path(os.path.expandvars(os.environ.get("HF_HOME") or Path(base) / "huggingface")).expanduser()
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("HF_HUB_CACHE") or _hub_home() / "hub").expanduser()
+    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return Path(os.path.expandvars(named or _hub_home() / "hub")).expanduser()
 
 
 def _home() -> Finding:
@@ -34,9 +35,11 @@ def _home() -> Finding:
 
 
 def _offline() -> Finding:
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE:
-        text = "HF_HUB_OFFLINE is set: only weights in the cache can be used"
-        return Finding(_SUBJECT, "offline", "warning", text, "unset HF_HUB_OFFLINE to download others")
+    # As huggingface_hub reads them: the second only where the first is not set.
+    variable = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
+    if os.environ.get(variable, "").upper() in _TRUE:
+        text = f"{variable} is set: only packaged weights and those in the cache can be used"
+        return Finding(_SUBJECT, "offline", "warning", text, f"unset {variable} to download others")
     return Finding(_SUBJECT, "offline", "ok", "no")
 
 
