@@ -214,6 +214,10 @@ def test_an_exception_in_a_worker_is_not_blamed_on_memory(monkeypatch, labelled_
 
 
 SLOW_RUN = """
+import signal
+
+# A shell's background job ignores Ctrl-C, and so would its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import sys, time
 from ssmamba_models.engine import embed, encoder
 real = encoder.Encoder.embed
