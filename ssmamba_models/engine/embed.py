@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ssmamba_models.data.batches import read_batches
 from ssmamba_models.data.features import FeatureWriter, require_h5py, write_features
 from ssmamba_models.data.output import check_output
 from ssmamba_models.data.tiles import TileBatch, TileDataset, TileFolder, collate_tiles, find_tiles
@@ -174,7 +175,7 @@ def _embed_into(
     writer: FeatureWriter, tiles: TileFolder, encoder: Encoder, loader: DataLoader, bar: tqdm
 ) -> list[tuple[str, str]]:
     unreadable = []
-    for batch in _batches(loader):
+    for batch in read_batches(loader, "decodes tiles"):
         unreadable += [(tiles.paths[index], reason) for index, reason in batch.unreadable]
         if batch.images is not None:
             _embed_batch(writer, tiles, encoder, batch)
@@ -186,20 +187,6 @@ def _embed_into(
             "nothing was written"
         )
     return unreadable
-
-
-def _batches(loader: DataLoader) -> Iterator[TileBatch]:
-    try:
-        yield from loader
-    except RuntimeError as error:
-        # Torch says so of a process that is gone; an exception in one that lives reads "Caught ... in DataLoader
-        # worker process 0", and is no matter of memory.
-        if not str(error).startswith("DataLoader worker (pid"):
-            raise
-        raise OSError(
-            f"a process that decodes tiles died ({str(error).splitlines()[0]}); memory or /dev/shm may be "
-            "short: use fewer --workers (0 decodes in the main process)"
-        ) from error
 
 
 def _embed_batch(writer: FeatureWriter, tiles: TileFolder, encoder: Encoder, batch: TileBatch) -> None:

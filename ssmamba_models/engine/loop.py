@@ -15,6 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ssmamba_models.data.batches import read_batches
 from ssmamba_models.data.seeded import GlobalBatches, SeededBatch, SeededTiles, collate_seeded, mixed_seed
 from ssmamba_models.engine.checkpoints import Checkpoints, plain_state, save_weights
 from ssmamba_models.engine.clock import Clock
@@ -257,15 +258,7 @@ class Trainer:
             # Its draw must not move the generator that a checkpoint holds.
             generator=torch.Generator(),
         )
-        try:
-            yield from loader
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
-                raise
-            raise OSError(
-                f"a process that reads tiles died ({str(error).splitlines()[0]}); memory or /dev/shm may be short: use "
-                "fewer --workers (0 reads in the main process), then go on with --resume"
-            ) from error
+        return read_batches(loader, "reads tiles", ", then go on with --resume")
 
     def _note_unreadable(self, batch: SeededBatch) -> None:
         tiles = self.task.data.tiles

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+from ssmamba_models.data.batches import read_batches
 from ssmamba_models.data.tiles import TileDataset, collate_tiles
 from ssmamba_models.engine.processes import default_workers, ignore_stop_signals
 
@@ -83,15 +84,7 @@ class Validation:
         return self._join(self._gather((indices, logits, unreadable)))
 
     def _batches(self):
-        try:
-            yield from self.loader
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
-                raise
-            raise OSError(
-                f"a process that reads validation tiles died ({str(error).splitlines()[0]}); memory or /dev/shm may be "
-                "short: use fewer --workers (0 reads in the main process), then go on with --resume"
-            ) from error
+        return read_batches(self.loader, "reads validation tiles", ", then go on with --resume")
 
     def _gather(self, share: tuple) -> list[tuple]:
         if self.accelerator.num_processes == 1:

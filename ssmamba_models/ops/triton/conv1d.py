@@ -32,6 +32,7 @@ def load_at(ptr, channel, time, channels, length, channel_stride, time_stride):
 
 @triton.jit
 def load_weights(weight_ptr, channel, channels, W: tl.constexpr):
+    """W vectors (DB, 1), the taps of a block of channels."""
     out = ()
     for j in tl.static_range(W):
         out = out + (tl.load(weight_ptr + channel * W + j, mask=channel < channels, other=0.0),)
@@ -40,6 +41,7 @@ def load_weights(weight_ptr, channel, channels, W: tl.constexpr):
 
 @triton.jit
 def load_bias(bias_ptr, channel, channels):
+    """The bias of a block of channels, or 0 where there is none."""
     if bias_ptr is None:
         bias = 0.0
     else:

@@ -65,6 +65,7 @@ def offsets_of(line, step, channel, line_stride, step_stride, channel_stride, WI
 
 @triton.jit
 def load_bias(bias_ptr, k, channels, channel, exists):
+    """The step size bias of direction k, or 0 where there is none."""
     if bias_ptr is None:
         bias = 0.0
     else:

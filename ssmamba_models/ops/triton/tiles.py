@@ -84,6 +84,7 @@ def softplus(x, FAST: tl.constexpr):
 
 @triton.jit
 def sigmoid(x):
+    """1 / (1 + exp(-x)), the derivative of softplus."""
     return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
 
 
@@ -119,6 +120,7 @@ def step_sizes(deltas, bias, held, T: tl.constexpr, SOFTPLUS: tl.constexpr, FAST
 
 @triton.jit
 def total(values, T: tl.constexpr):
+    """The sum of T tiles."""
     out = values[0]
     for t in tl.static_range(1, T):
         out = out + values[t]
