@@ -14,6 +14,10 @@ from ssmamba_models.engine.process_memory import keep_large_blocks
 COMMANDS = {
     "list": ("list", "List the models and their sizes."),
     "doctor": ("doctor", "Check this installation and say how to mend it."),
+    "extract": ("extract", "Turn whole slides into feature files for MIL."),
+    "convert": ("convert", "Turn feature files of CLAM or TRIDENT into ours, and back."),
+    "check": ("check", "Check feature files: shapes, NaN, duplicates, provenance."),
+    "mil": ("mil", "Train, predict and draw heatmaps from feature files (MIL)."),
     "embed": ("embed", "Turn a folder of tiles into one HDF5 file of features."),
     "pretrain": ("pretrain", "Pretrain an encoder on your tiles, without labels."),
     "finetune": ("finetune", "Train a classifier on your labelled tiles."),

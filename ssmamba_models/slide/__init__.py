@@ -1,0 +1,1 @@
+"""Models over the tile features of a slide."""

@@ -1,0 +1,1 @@
+"""Whole slides: readers, tissue, tiling grids, extraction of features."""
