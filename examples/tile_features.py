@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ssmamba_models.data.features import read_features
 from ssmamba_models.data.synthetic import write_synthetic_tiles
+from ssmamba_models.data.tile_files import read_features
 from ssmamba_models.data.tiles import read_tile
 from ssmamba_models.engine.embed import embed_folder
 

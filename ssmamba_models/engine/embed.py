@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ssmamba_models.data.batches import read_batches
-from ssmamba_models.data.features import FeatureWriter, require_h5py, write_features
 from ssmamba_models.data.output import check_output
+from ssmamba_models.data.tile_files import FeatureWriter, require_h5py, write_features
 from ssmamba_models.data.tiles import TileBatch, TileDataset, TileFolder, collate_tiles, find_tiles
 from ssmamba_models.engine.encoder import Encoder, load_encoder
 
@@ -58,7 +58,7 @@ def embed_folder(
     overwrite: bool = False,
     progress: bool = True,
 ) -> EmbedSummary:
-    """Embed all tiles of a folder into one HDF5 file (see `ssmamba_models.data.features` for its layout).
+    """Embed all tiles of a folder into one HDF5 file (see `ssmamba_models.data.tile_files` for its layout).
 
     Tiles are resized, cropped and normalised as the model's own configuration says. A tile that cannot be
     read is reported and left out. What can fail early (folder, output, model) is checked before the run.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ssmamba_models.data.features import TileFeatures, read_features
+from ssmamba_models.data.tile_files import TileFeatures, read_features
 from ssmamba_models.data.tiles import TileDataset, TileFolder
 from ssmamba_models.engine.embed import embed_tiles
 from ssmamba_models.engine.encoder import Encoder

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ssmamba_models.data.features import read_features
+from ssmamba_models.data.tile_files import read_features
 
 pytest.importorskip("h5py", reason="feature files need the [wsi] extra")
 

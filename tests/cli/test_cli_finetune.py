@@ -53,7 +53,7 @@ def test_the_closing_line(ssmamba, labelled_tiles, tmp_path):
 
 def test_embed_takes_the_run(run, ssmamba, labelled_tiles, tmp_path):
     pytest.importorskip("h5py", reason="feature files need the [wsi] extra")
-    from ssmamba_models.data.features import read_features
+    from ssmamba_models.data.tile_files import read_features
 
     out = tmp_path / "f.h5"
     result = ssmamba("embed", labelled_tiles, "--model", "test_ssmamba", "--checkpoint", run, "--out", out)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssmamba_models.data.features import read_features
+from ssmamba_models.data.tile_files import read_features
 from ssmamba_models.data.tiles import find_tiles
 from ssmamba_models.engine import embed as embed_module
 from ssmamba_models.engine.embed import embed_folder

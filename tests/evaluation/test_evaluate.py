@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ssmamba_models.data.features import read_features
 from ssmamba_models.data.synthetic import write_synthetic_tiles
+from ssmamba_models.data.tile_files import read_features
 from ssmamba_models.evaluation import evaluate as evaluate_module
 from ssmamba_models.evaluation.embedding import Embedding
 from ssmamba_models.evaluation.evaluate import evaluate

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssmamba_models.data.features import read_features
 from ssmamba_models.data.labelled import read_tiles
+from ssmamba_models.data.tile_files import read_features
 from ssmamba_models.evaluation.model_choice import parse_model
 from ssmamba_models.evaluation.tile_features import tile_features
 

@@ -1,4 +1,4 @@
-"""Feature files: the features of N tiles in one HDF5 file that says where they come from.
+"""Tile-folder feature files: the features of N tiles in one HDF5 file that says where they come from.
 
 Layout: `features` (N, D) float32, `paths` (N,) UTF-8 strings, `labels` (N,) UTF-8 strings where the tiles
 have labels, and the provenance (model, weights, transform, versions) as attributes of the file. Nothing in it

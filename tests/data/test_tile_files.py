@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from ssmamba_models.data.features import read_features, write_features
+from ssmamba_models.data.tile_files import read_features, write_features
 
 h5py = pytest.importorskip("h5py", reason="feature files need the [wsi] extra")
 
