@@ -17,10 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from ssmamba_models.data.hdf5 import CHUNK_ROWS, open_hdf5, plain_attributes, require_h5py, write_attributes
 from ssmamba_models.data.output import whole_file
-
-# Rows per HDF5 chunk: large enough to read fast, small enough that a file of ten tiles stays small.
-_CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -38,21 +36,6 @@ class TileFeatures:
     paths: list[str]
     labels: list[str] | None
     attributes: dict[str, Any]
-
-
-def require_h5py() -> ModuleType:
-    """Import h5py, which only feature files need.
-
-    Raises:
-        ImportError: h5py is missing or broken; the message names the extra that installs it.
-    """
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError(
-            f'feature files need h5py ({error}); install it with: pip install "ssmamba-models[wsi]"'
-        ) from error
-    return h5py
 
 
 class FeatureWriter:
@@ -120,8 +103,7 @@ def write_features(
     with whole_file(path, overwrite) as part:
         with h5py.File(part, "w-") as file:
             _create_datasets(file, h5py, embed_dim, labelled)
-            for name, value in sorted(attributes.items()):
-                file.attrs[name] = value
+            write_attributes(file, attributes)
             writer = FeatureWriter(file, embed_dim, labelled)
             yield writer
         if writer.count == 0:
@@ -135,7 +117,7 @@ def _create_datasets(file, h5py: ModuleType, embed_dim: int, labelled: bool) -> 
             name,
             shape=(0, *width),
             maxshape=(None, *width),
-            chunks=(_CHUNK_ROWS, *width),
+            chunks=(CHUNK_ROWS, *width),
             dtype=dtype,
             track_times=False,  # time stamps would make two runs differ
         )
@@ -168,25 +150,14 @@ def read_features(path: str | os.PathLike) -> TileFeatures:
         FileNotFoundError: the file does not exist.
         ValueError: it is not HDF5, lacks a data set, or its data sets disagree in length.
     """
-    h5py = require_h5py()
     name = os.fspath(path)
-    if not os.path.isfile(name):
-        raise FileNotFoundError(
-            f"the feature file {name!r} does not exist (or is a folder); `ssmamba embed` makes one"
-        )
-    try:
-        file = h5py.File(name, "r")
-    except OSError as error:
-        if error.errno is not None and not isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{name!r} is not an HDF5 file, or is cut short ({error}); embed again") from error
-    with file:
+    with open_hdf5(name, "`ssmamba embed`", "embed again") as file:
         _check_layout(file, name)
         return TileFeatures(
             features=file["features"][:].astype(np.float32, copy=False),
             paths=file["paths"].asstr()[:].tolist(),
             labels=file["labels"].asstr()[:].tolist() if "labels" in file else None,
-            attributes={key: _plain(value) for key, value in file.attrs.items()},
+            attributes=plain_attributes(file),
         )
 
 
@@ -205,7 +176,3 @@ def _check_layout(file, name: str) -> None:
             raise ValueError(
                 f"{name!r}: {rows} features, but {column} of shape {file[column].shape}; embed again"
             )
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ssmamba_models.data.batches import read_batches
+from ssmamba_models.data.hdf5 import require_h5py
 from ssmamba_models.data.output import check_output
-from ssmamba_models.data.tile_files import FeatureWriter, require_h5py, write_features
+from ssmamba_models.data.tile_files import FeatureWriter, write_features
 from ssmamba_models.data.tiles import TileBatch, TileDataset, TileFolder, collate_tiles, find_tiles
 from ssmamba_models.engine.encoder import Encoder, load_encoder
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ssmamba_models.data.hdf5 import require_h5py
 from ssmamba_models.data.labelled import LabelledTiles, read_tiles
-from ssmamba_models.data.tile_files import require_h5py
 from ssmamba_models.evaluation.embedding import Embedding, shared_places
 from ssmamba_models.evaluation.folds import make_protocol
 from ssmamba_models.evaluation.half_resolution import score_half_resolution
