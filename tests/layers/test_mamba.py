@@ -62,7 +62,7 @@ def assert_close(found: torch.Tensor, want: torch.Tensor, name: str, tolerance: 
     assert (found.double() - want).abs().max() <= tolerance * want.abs().max().clamp(min=1e-3), name
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=40)
 @given(
     batch=st.integers(1, 3),
     length=st.integers(1, 40),
