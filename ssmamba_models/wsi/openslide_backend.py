@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from types import ModuleType
@@ -90,7 +91,8 @@ class OpenSlideBackend:
     def _reopen(self, failed) -> None:
         # After one error an OpenSlide handle answers every call with that error. The old handle is not closed but
         # dropped: another thread may be reading from it, and will come here for itself.
-        with self._lock:
+        # Where the file is gone the old handle stays, and the next read says so again.
+        with self._lock, contextlib.suppress(self._openslide.OpenSlideError, OSError):
             if self._slide is failed:
                 self._slide = self._open()
 

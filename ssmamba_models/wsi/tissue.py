@@ -31,7 +31,7 @@ _GREEN_HUES, _GREEN_INK = (75, 185), 0.2
 _BLUE_HUES, _BLUE_INK = (185, 250), 0.75
 
 # In um, so that the mask does not depend on the overview's resolution.
-_MEDIAN, _CLOSING = 56.0, 56.0
+_MEDIAN, _CLOSING = 24.0, 56.0
 _SMALLEST_OBJECT, _LARGEST_HOLE = 150.0**2, 300.0**2
 
 
