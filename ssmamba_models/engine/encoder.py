@@ -130,7 +130,7 @@ def load_encoder(
     if pretrained and checkpoint is not None:
         raise ValueError("--pretrained and --checkpoint exclude each other: the weights come from one of them")
     _check_name(model)
-    place = _resolve_device(device)
+    place = resolve_device(device)
     source = None if checkpoint is None else find_weights(checkpoint)
     state, metadata = ({}, {}) if source is None else read_weights(source)
     facts = WeightFacts() if source is None else weight_facts(metadata, source)
@@ -180,7 +180,8 @@ def _check_tag(model: str) -> None:
         raise ValueError(f"unknown weights {model!r}; published are: {', '.join(tags) or 'none'}") from error
 
 
-def _resolve_device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name, or a GPU where there is one (ValueError: it cannot be used)."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmamba_models.slide.aggregator import BagAggregator, Output, weighted_cross_entropy
@@ -73,6 +74,21 @@ class ABMIL(TorchmilAggregator):
         return {"logits": logits, "attention": scores[0].float().softmax(dim=0)}
 
 
+class _SmoothTopOneSVM(nn.Module):
+    """Smooth top-1 SVM loss, margin and temperature 1: the cross-entropy of logits of which the wrong ones gain 1.
+
+    torchmil 1.0.2's own sums over the tiles where it should over the classes.
+
+    Shape: logits (n, 2) and targets (n, 1) -> scalar, the mean.
+
+    Source: Berrada et al. (arXiv:1802.07595), equation 9 with k = 1.
+    """
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        targets = targets[:, 0].long()
+        return F.cross_entropy(logits + 1 - F.one_hot(targets, logits.shape[1]), targets)
+
+
 class CLAM(TorchmilAggregator):
     """CLAM-SB: attention pooling, with tiles of high and low attention told apart in training.
 
@@ -107,6 +123,7 @@ class CLAM(TorchmilAggregator):
             (hidden_dim,), att_dim=attention_dim, k_sample=k_sample, gated=gated
         )
         self.model.classifier = nn.Linear(hidden_dim, num_classes)
+        self.model.inst_loss_fn = _SmoothTopOneSVM()
         self.model.inst_classifiers = nn.ModuleList(nn.Linear(hidden_dim, 2) for _ in range(num_classes))
 
     def pool_bag(self, features: Tensor, coords: Tensor | None) -> Output:

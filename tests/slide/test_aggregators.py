@@ -124,7 +124,7 @@ def test_transmil_attention_is_that_of_torchmil():
 
 
 def test_clam_asks_the_right_tiles():
-    """The loss of the tiles is torchmil's, and falls where the telling tiles are told apart."""
+    """Which tiles count for which classifier is torchmil's; what is asked of them is written out."""
     model = make("clam", bag_weight=0.0)
     features, coords = bag()
     output = model(features, coords)
@@ -133,6 +133,15 @@ def test_clam_asks_the_right_tiles():
     for label in (0, 1):
         want = inner.compute_inst_loss(scores[None], tiles[None], torch.tensor([label]))
         torch.testing.assert_close(model.loss(output, torch.tensor([label])), want)
+        order = scores.argsort(descending=True)
+        top, bottom = tiles[order[:8]], tiles[order[-8:]]
+        asked = [(label, top, 1), (label, bottom, 0), (1 - label, top, 0)]
+        margins = [
+            torch.log1p(torch.exp(1 + logits[:, 1 - answer] - logits[:, answer])).mean()
+            for place, chosen, answer in asked
+            for logits in [inner.inst_classifiers[place](chosen)]
+        ]
+        torch.testing.assert_close(want, (margins[0] + margins[1]) / 2 + margins[2])
 
 
 def test_dsmil_for_two_classes_is_two_of_torchmil():

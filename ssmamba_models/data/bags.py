@@ -1,0 +1,303 @@
+"""Bags: the slides that have feature files, with their labels, patients and splits; and reading their tiles.
+
+Slides whose features come from different encoders, or at another mpp or tile size, never stand in one set of bags.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssmamba_models.data.features import open_slide_features
+
+SPLITS = ("train", "val", "test")
+# What makes features comparable: of the provenance, and of the geometry.
+_PROVENANCE = ("model", "weights_sha256", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+_GEOMETRY = ("target_mpp", "patch_size", "overlap")
+_READ_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Bag:
+    """The tiles of a slide, on the disk.
+
+    Attributes:
+        slide: name of the slide.
+        path: its feature file.
+        tiles: N.
+        label: name of its class; None where it is not known.
+        patient: whose slide it is; never divided between training and testing.
+        split: "train", "val", "test", or None.
+    """
+
+    slide: str
+    path: Path
+    tiles: int
+    label: str | None = None
+    patient: str | None = None
+    split: str | None = None
+
+    def read(self, places: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Read the tiles, or some of them; memory is that of what is asked for.
+
+        Args:
+            places: (n,) sorted indices of tiles; None reads all.
+
+        Returns:
+            features (n, D), float32 or float16 as stored, and coords (n, 2) int64.
+
+        Raises:
+            ValueError, OSError, ImportError: as `open_slide_features`.
+        """
+        with open_slide_features(self.path) as file:
+            if places is None:
+                return file.features[:], file.coords
+            # HDF5 picks scattered rows one by one; whole blocks are read faster, and only the wanted rows kept.
+            blocks = [
+                file.features[start : start + _READ_ROWS][
+                    places[np.searchsorted(places, start) : np.searchsorted(places, start + _READ_ROWS)] - start
+                ]
+                for start in range(0, len(file), _READ_ROWS)
+            ]
+            return np.concatenate(blocks), file.coords[places]
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Slides that belong together.
+
+    Attributes:
+        folder: where their feature files lie.
+        bags: the slides, sorted by name.
+        feature_dim: D.
+        provenance: what their features have in common: model, weights, input transform, mpp and tile geometry.
+        unlabelled: slides in the folder that the labels do not name; they are not in `bags`.
+        missing: slides of the labels without a feature file, where that was allowed.
+    """
+
+    folder: Path
+    bags: tuple[Bag, ...]
+    feature_dim: int
+    provenance: dict[str, Any]
+    unlabelled: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.bags)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, sorted."""
+        return tuple(sorted({bag.label for bag in self.bags if bag.label is not None}))
+
+    @property
+    def targets(self) -> np.ndarray:
+        """(len,) int64: the place of each slide's class in `classes`."""
+        classes = self.classes
+        return np.array([classes.index(bag.label) for bag in self.bags], dtype=np.int64)
+
+    @property
+    def patients(self) -> tuple[str, ...]:
+        """Whose slide each is."""
+        return tuple(bag.patient for bag in self.bags)
+
+    def sha256(self) -> str:
+        """The SHA-256 of names, tiles, labels, patients, splits and provenance: tells whether two runs saw the same."""
+        rows = [(bag.slide, bag.tiles, bag.label, bag.patient, bag.split) for bag in self.bags]
+        return hashlib.sha256(json.dumps([rows, self.feature_dim, self.provenance]).encode()).hexdigest()
+
+
+def open_bag(path: str | os.PathLike) -> tuple[Bag, dict[str, Any]]:
+    """A slide by its feature file alone, and the provenance of its features (see `Bags`).
+
+    Raises:
+        FileNotFoundError, ValueError, OSError, ImportError: as `open_slide_features`.
+    """
+    with open_slide_features(path) as file:
+        attributes = {key: file.attributes.get(key) for key in _PROVENANCE}
+        geometry = {key: file.coords_attributes[key] for key in _GEOMETRY}
+        provenance = {"feature_dim": file.embed_dim, **_plain(attributes), **geometry}
+        return Bag(Path(path).stem, Path(path), len(file)), provenance
+
+
+def read_bags(features: str | os.PathLike, labels: str | os.PathLike, *, skip_missing: bool = False) -> Bags:
+    """The slides that a table of labels names, with their feature files.
+
+    Args:
+        features: folder of feature files, `<slide>.h5`.
+        labels: CSV with the columns `slide` and `label` and, each optional, `patient` (else each slide is a patient of
+            its own) and `split` (train, val, test); others are ignored. A slide may have its file's suffix.
+        skip_missing: leave out slides without a feature file, instead of refusing.
+
+    Returns:
+        The slides, sorted by name.
+
+    Raises:
+        FileNotFoundError: a file or folder, or the feature file of a slide, does not exist.
+        ValueError: the table is no CSV, lacks a column, an entry or rows, names a slide twice, has fewer than two
+            classes, an unknown split, or a patient in two splits; or a feature file is damaged, or the features are of
+            different provenance.
+        ImportError: h5py is missing.
+    """
+    rows = _read_labels(Path(labels))
+    files = {path.stem: path for path in feature_files(features)}
+    found, missing = _match(rows, files, Path(labels))
+    if missing and (not skip_missing or not found):
+        raise FileNotFoundError(
+            f"{len(missing)} of the {len(rows)} slides in {str(labels)!r} have no feature file in {str(features)!r} "
+            f"({_some(missing)}); extract them, take them out of the table, or leave them out with --skip-missing"
+        )
+    opened = {slide: open_bag(files[slide]) for slide in sorted(found)}
+    common = check_same_provenance({slide: provenance for slide, (_, provenance) in opened.items()})
+    bags = tuple(replace(bag, **found[slide]) for slide, (bag, _) in opened.items())
+    whole = Bags(Path(features), bags, common["feature_dim"], common, tuple(sorted(set(files) - set(found))), missing)
+    _check_labels(whole, Path(labels))
+    return whole
+
+
+def check_same_provenance(provenances: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the features of several slides have in common.
+
+    Args:
+        provenances: slide -> its provenance.
+
+    Returns:
+        The provenance that all share.
+
+    Raises:
+        ValueError: they differ in something; the message names it, and two slides.
+    """
+    first, common = next(iter(provenances.items()))
+    for slide, provenance in provenances.items():
+        for key, value in provenance.items():
+            if value != common[key]:
+                raise ValueError(
+                    f"the features of {first!r} and {slide!r} do not belong together: {key} is {common[key]!r} and "
+                    f"{value!r}; extract all slides with one model, weights, mpp and tile size, or keep them in "
+                    "folders apart"
+                )
+    return dict(common)
+
+
+def feature_files(features: str | os.PathLike) -> list[Path]:
+    """The feature files (`*.h5`) of a folder, not of those below it, sorted; or the one file that is named.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file, or no feature file in it.
+    """
+    folder = Path(features)
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the folder of features {str(folder)!r} does not exist; `ssmamba extract` makes one")
+    files = sorted(path for path in folder.glob("*.h5") if not path.name.startswith("."))
+    if not files:
+        below = sorted({str(path.parent) for depth in ("*/*.h5", "*/*/*.h5") for path in folder.glob(depth)})
+        hint = f"give one of the folders below: {_some(below)}" if below else "`ssmamba extract` makes them"
+        raise FileNotFoundError(f"no feature file (*.h5) lies in {str(folder)!r}; {hint}")
+    return files
+
+
+def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that JSON gives back as they are: a model file keeps them."""
+    return json.loads(json.dumps(attributes, default=lambda value: np.asarray(value).tolist()))
+
+
+def _some(names: Sequence[str], count: int = 3) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(map(repr, names[:count])) + more
+
+
+# ---- the table of labels ----
+
+
+def _read_labels(path: Path) -> list[dict[str, str]]:
+    header, lines = _read_csv(path)
+    columns = {name.strip().lower(): place for place, name in enumerate(header)}
+    for name in ("slide", "label"):
+        if name not in columns:
+            raise ValueError(
+                f"{str(path)!r} has no column {name!r} (its columns: {', '.join(header)}); expected a first line such "
+                "as slide,label,patient,split, separated by commas"
+            )
+    wanted = {name: columns[name] for name in ("slide", "label", "patient", "split") if name in columns}
+    rows = []
+    for number, fields in lines:
+        row = {name: fields[place].strip() for name, place in wanted.items()}
+        for name, value in row.items():
+            if not value:
+                raise ValueError(f"{str(path)!r}, line {number}: the {name} is empty; fill it in or take the line out")
+        if "split" in row:
+            row["split"] = row["split"].lower()
+            if row["split"] not in SPLITS:
+                raise ValueError(
+                    f"{str(path)!r}, line {number}: the split is {row['split']!r}, expected train, val or test"
+                )
+        rows.append(row)
+    return rows
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header, and number and fields of each line below it; blank lines are left out."""
+    if not path.is_file():
+        raise FileNotFoundError(f"the table of labels {str(path)!r} does not exist (or is a folder)")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # Excel writes a byte order mark
+            reader = csv.reader(file, strict=True)
+            lines = [(reader.line_num, fields) for fields in reader if any(field.strip() for field in fields)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not UTF-8 ({error.reason}); save it as CSV UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(f"{str(path)!r} is not CSV (line {reader.line_num}: {error})") from error
+    if len(lines) < 2:
+        raise ValueError(f"{str(path)!r} has no rows; expected a header and a line for each slide")
+    header = lines[0][1]
+    for number, fields in lines[1:]:
+        if len(fields) != len(header):
+            raise ValueError(f"{str(path)!r}, line {number}: {len(fields)} fields, but the header has {len(header)}")
+    return header, lines[1:]
+
+
+def _match(
+    rows: Iterable[Mapping[str, str]], files: Mapping[str, Path], table: Path
+) -> tuple[dict[str, dict[str, str | None]], tuple[str, ...]]:
+    """Label, patient and split of the slides that have a file, by the file's stem; and the names without one."""
+    found: dict[str, dict[str, str | None]] = {}
+    missing: dict[str, None] = {}
+    for row in rows:
+        slide = next((name for name in _names(row["slide"]) if name in files), row["slide"])
+        if slide in found or slide in missing:
+            raise ValueError(f"{str(table)!r} names the slide {row['slide']!r} twice; a slide has one line")
+        if slide not in files:
+            missing[slide] = None
+            continue
+        found[slide] = {"label": row["label"], "patient": row.get("patient", slide), "split": row.get("split")}
+    return found, tuple(missing)
+
+
+def _names(slide: str) -> tuple[str, ...]:
+    """A slide's name as it is, without its suffix, and without both of .ome.tif."""
+    stem = Path(slide).stem
+    return slide, stem, Path(stem).stem
+
+
+def _check_labels(bags: Bags, table: Path) -> None:
+    if len(bags.classes) < 2:
+        raise ValueError(
+            f"all slides in {str(table)!r} that have features are of class {bags.classes[0]!r}; two are needed"
+        )
+    split_of: dict[str, str | None] = {}
+    for bag in bags.bags:
+        if split_of.setdefault(bag.patient, bag.split) != bag.split:
+            raise ValueError(
+                f"the patient {bag.patient!r} is in two splits, {split_of[bag.patient]!r} and {bag.split!r}: what is "
+                f"learned from one slide would be tested on the other; give all slides one split in {str(table)!r}"
+            )

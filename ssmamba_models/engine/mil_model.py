@@ -1,0 +1,99 @@
+"""Trained aggregators on the disk: safetensors that say what they are and which features they take."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from ssmamba_models.engine.checkpoints import plain_state, save_weights
+from ssmamba_models.slide.aggregators import create_aggregator
+
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class MilModel:
+    """A trained aggregator.
+
+    Attributes:
+        model: the module, in eval mode.
+        aggregator: its name.
+        classes: names of what its logits stand for.
+        provenance: of the features that it was trained on, see `Bags.provenance`.
+    """
+
+    model: nn.Module
+    aggregator: str
+    classes: tuple[str, ...]
+    provenance: dict[str, Any]
+
+
+def save_mil_model(
+    path: Path, model: nn.Module, aggregator: str, arguments: Mapping[str, Any], classes: tuple[str, ...],
+    provenance: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Write an aggregator as safetensors, whole or not at all.
+
+    Args:
+        path: the file.
+        model: the module.
+        aggregator, arguments: what `create_aggregator` made it from.
+        classes, provenance: as `MilModel`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    metadata = {"aggregator": aggregator, "arguments": dict(arguments), "classes": classes, "provenance": provenance}
+    save_weights(path, plain_state(model), {name: json.dumps(value) for name, value in metadata.items()})
+
+
+def load_mil_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> MilModel:
+    """Read an aggregator back.
+
+    Args:
+        path: a run folder of `ssmamba mil train` (its best fold), or a weights file in it.
+        device: where to put it.
+
+    Returns:
+        The aggregator, in eval mode.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: it is no weights file of a trained aggregator.
+        ImportError: its aggregator needs torchmil, which is missing.
+    """
+    file = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{str(file)!r} does not exist; `ssmamba mil train` writes it when all folds are done")
+    metadata, state = _read(file)
+    facts = {name: json.loads(metadata[name]) for name in ("aggregator", "arguments", "classes", "provenance")}
+    width, classes = facts["provenance"]["feature_dim"], tuple(facts["classes"])
+    model = create_aggregator(facts["aggregator"], width, len(classes), **facts["arguments"])
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the weights in {str(file)!r} do not fit {facts['aggregator']!r} ({reason})") from error
+    return MilModel(model.to(device).eval(), facts["aggregator"], classes, facts["provenance"])
+
+
+def _read(file: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError" and not isinstance(error, OSError):
+            raise
+        raise ValueError(f"{str(file)!r} is damaged, or no safetensors file ({error}); train again") from error
+    if "aggregator" not in metadata:
+        raise ValueError(f"{str(file)!r} holds no trained aggregator; give a run folder of `ssmamba mil train`")
+    return metadata, state

@@ -1,0 +1,82 @@
+"""Predictions of slides as CSV, written and read back."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ssmamba_models.data.output import whole_file
+
+_PROBABILITY = "probability_"
+
+
+@dataclass(frozen=True)
+class SlidePrediction:
+    """What an aggregator says of a slide.
+
+    Attributes:
+        slide: its name.
+        tiles: number of its tiles.
+        probabilities: one for each class.
+        label, patient, fold: of a slide with a label that a fold was tested on; else None.
+    """
+
+    slide: str
+    tiles: int
+    probabilities: tuple[float, ...]
+    label: str | None = None
+    patient: str | None = None
+    fold: int | None = None
+
+
+def write_predictions(
+    path: Path, predictions: Sequence[SlidePrediction], classes: Sequence[str], overwrite: bool = True
+) -> None:
+    """Write slide, tiles, prediction and a probability per class; where there are labels also patient, fold and label.
+
+    Raises:
+        OSError: it cannot be written, or exists and may not be replaced.
+    """
+    tested = any(prediction.label is not None for prediction in predictions)
+    head = ["slide", "patient", "fold", "label"] if tested else ["slide"]
+    with whole_file(path, overwrite) as part, open(part, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*head, "tiles", "prediction", *(_PROBABILITY + name for name in classes)])
+        for row in predictions:
+            known = [row.slide, row.patient, row.fold, row.label] if tested else [row.slide]
+            choice = classes[int(np.argmax(row.probabilities))]
+            # Twelve digits: enough for the ranks, and with them the AUC, to be those of the report.
+            writer.writerow([*known, row.tiles, choice, *(f"{value:.12g}" for value in row.probabilities)])
+
+
+def read_predictions(path: Path) -> tuple[list[SlidePrediction], tuple[str, ...]]:
+    """Read what `write_predictions` wrote of tested slides: the predictions, and the classes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no file of predictions with labels.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"the predictions {str(path)!r} do not exist; `ssmamba mil train` writes them")
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        classes = tuple(name.removeprefix(_PROBABILITY) for name in columns if name.startswith(_PROBABILITY))
+        if not classes or not {"slide", "patient", "fold", "label"} <= set(columns):
+            raise ValueError(f"{str(path)!r} does not hold predictions of slides with labels")
+        rows = [
+            SlidePrediction(
+                row["slide"],
+                int(row["tiles"]),
+                tuple(float(row[_PROBABILITY + name]) for name in classes),
+                row["label"],
+                row["patient"],
+                int(row["fold"]),
+            )
+            for row in reader
+        ]
+    return rows, classes
