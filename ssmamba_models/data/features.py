@@ -52,7 +52,8 @@ class SlideFeatures(TileGeometry):
 class SlideFeatureWriter:
     """Appends batches of tiles to an open slide feature file; `write_slide_features` makes one."""
 
-    def __init__(self, rows: RowWriter, embed_dim: int, dtype: np.dtype, grid_shape: tuple[int, ...] | None):
+    def __init__(self, file, rows: RowWriter, embed_dim: int, dtype: np.dtype, grid_shape: tuple[int, ...] | None):
+        self._file = file
         self._rows = rows
         self._dtype = dtype
         self.embed_dim = embed_dim
@@ -89,6 +90,10 @@ class SlideFeatureWriter:
         if grid is not None:
             columns["grid"] = self._store(self._fit_grid(np.asarray(grid), rows), "grid")
         self._rows.append(columns)
+
+    def keep(self, name: str, source) -> None:
+        """Keep a data set or group of another open HDF5 file beside ours, as it is; readers of ours pass over it."""
+        source.file.copy(source, self._file, name=name)
 
     def _fit_grid(self, grid: np.ndarray, rows: int) -> np.ndarray:
         expected = (rows, *self.grid_shape)
@@ -151,7 +156,7 @@ def write_slide_features(
             rows = RowWriter(file, columns)
             write_attributes(file, attributes)
             write_attributes(file["coords"], geometry)
-            yield SlideFeatureWriter(rows, embed_dim, stored_dtype, grid_shape)
+            yield SlideFeatureWriter(file, rows, embed_dim, stored_dtype, grid_shape)
             rows.finish()
         if rows.count == 0:
             raise ValueError(f"no tile was appended, so {os.fspath(path)!r} is not made")

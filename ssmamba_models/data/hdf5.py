@@ -73,6 +73,15 @@ def plain_attributes(owner) -> dict[str, Any]:
     return {name: plain(value) for name, value in owner.attrs.items()}
 
 
+def raw_attributes(owner) -> dict[str, Any]:
+    """All attributes of a file or data set with their HDF5 types (float64, int32, ...), to be written as they were."""
+    raw = {}
+    for name, value in owner.attrs.items():
+        # h5py reads arrays of strings as objects, and writes only lists of them.
+        raw[name] = value.tolist() if isinstance(value, np.ndarray) and value.dtype == object else value
+    return raw
+
+
 def write_attributes(owner, attributes: Mapping[str, Any]) -> None:
     """Set attributes of a file or data set, in sorted order, so that two writes give the same bytes.
 
