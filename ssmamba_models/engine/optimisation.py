@@ -1,7 +1,9 @@
-"""AdamW and its schedule, as every training here uses them."""
+"""The optimiser and its schedule, as every training here uses them."""
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,6 +13,9 @@ from torch import nn
 
 from ssmamba_models.engine.train_config import TrainConfig
 from ssmamba_models.layers.dms import DirectionalSSM
+
+# Smaller sides leave orthogonalisation little to do: depthwise kernels (9), tables of a recurrence (4 directions).
+_LEAST_SIDE = 16
 
 
 def undecayed_names(module: nn.Module) -> set[str]:
@@ -32,10 +37,58 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def create_optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW over groups of parameters; a group's `lr_scale` (layer decay) is applied by the schedule."""
+    """AdamW or Muon over groups of parameters; a group's `lr_scale` (layer decay) is applied by the schedule.
+
+    Raises:
+        ValueError: this timm has no Muon.
+    """
+    if config.optimizer == "muon":
+        return _create_muon(config, groups)
     return create_optimizer_v2(
         groups, opt="adamw", lr=config.peak_lr, weight_decay=config.weight_decay, betas=config.betas, fused=True
     )
+
+
+def _create_muon(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Source: Muon (K. Jordan, 2024), with AdamW's size of updates (arXiv:2502.16982, sec. 2.2)."""
+    try:
+        from timm.optim import muon
+    except ImportError as error:
+        raise ValueError(
+            "optimizer 'muon' needs a newer timm than this one; pip install -U timm, or take optimizer=adamw"
+        ) from error
+    if not torch.cuda.is_available():
+        _orthogonalize_in_float32(muon)
+    split = [part for group in groups for part in _matrices_apart(group, config.weight_decay)]
+    return muon.Muon(
+        split,
+        lr=config.peak_lr,
+        weight_decay=config.weight_decay,
+        momentum=0.95,
+        nesterov=True,
+        betas=config.betas,
+        adjust_lr_fn="match_rms_adamw",
+    )
+
+
+def _matrices_apart(group: dict[str, Any], weight_decay: float) -> list[dict[str, Any]]:
+    """A group in two: matrices that Muon can turn, and the rest.
+
+    A recurrence's tables have two axes as well, but are no linear maps: they have few rows, or are not decayed.
+    """
+    undecayed = weight_decay > 0 and group.get("weight_decay") == 0
+    parts: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for parameter in group["params"]:
+        rows, columns = len(parameter) if parameter.ndim else 1, parameter[0].numel() if parameter.ndim else 1
+        parts[undecayed or min(rows, columns) < _LEAST_SIDE].append(parameter)
+    return [{**group, "params": params, "use_fallback": rest} for rest, params in parts.items() if params]
+
+
+def _orthogonalize_in_float32(muon: ModuleType) -> None:
+    # timm iterates in bfloat16, which a CPU without such instructions emulates: a step took ten times as long.
+    inner = muon.zeropower_via_newtonschulz
+    if not isinstance(inner, functools.partial):
+        muon.zeropower_via_newtonschulz = functools.partial(inner, dtype=torch.float32)
 
 
 def create_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:

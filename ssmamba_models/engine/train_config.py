@@ -30,6 +30,8 @@ class TrainConfig:
         lr: peak learning rate; None takes base_lr * batch_size / 256.
         min_lr: where the cosine ends.
         warmup_epochs: of linear rise; None takes a tenth of the epochs.
+        optimizer: "adamw", or "muon" (needs timm 1.0.22): matrices by orthogonalised momentum, the rest by AdamW, with
+            the same learning rates. More work per step, most of it independent of the batch, and fewer steps.
         betas, weight_decay: of AdamW; norms, biases and what the model names are not decayed.
         clip_grad: largest norm of the gradient; None does not clip.
         ema_decay: of an exponential moving average of the weights, which is then what is exported; None keeps none.
@@ -58,6 +60,7 @@ class TrainConfig:
     base_lr: float = 1.5e-4
     min_lr: float = 0.0
     warmup_epochs: float | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
     clip_grad: float | None = 1.0

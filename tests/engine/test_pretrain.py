@@ -36,7 +36,7 @@ QUICK = {
     "log_every": 1,
     "lr": 1e-3,
 }
-PARTS = ("loss", "low", "high", "cross")
+PARTS = ("loss", "low", "high", "color", "cross")
 
 
 def config_of(data, **changes):
@@ -85,7 +85,8 @@ class TestRunFolder:
         assert [line["epoch"] for line in lines] == [1, 1, 2, 2, 3, 3]
         assert [line["images"] for line in lines] == [4, 8, 12, 16, 20, 24]
         for line in lines:
-            assert line["loss"] == pytest.approx(line["low"] + line["high"] + 0.1 * line["cross"], rel=1e-5)
+            parts = line["low"] + line["high"] + 0.5 * line["color"] + 0.3 * line["cross"]
+            assert line["loss"] == pytest.approx(parts, rel=1e-5)
             assert {"grad_norm", "lr", "images_per_second", "feature_rank"} <= line.keys()
             assert 0 <= line["data_wait"] <= 1
         assert sorted(line["seconds"] for line in lines) == [line["seconds"] for line in lines]
@@ -144,9 +145,11 @@ class TestSameNumbers:
         run_of(labelled_tiles, tmp_path / "run", workers=2)
         assert curve_of(tmp_path / "run") == curve_of(unbroken[0])
 
-    def test_in_parts(self, unbroken, labelled_tiles, tmp_path):
-        run_of(labelled_tiles, tmp_path / "run", accumulate=2)
-        for part, whole in zip(curve_of(tmp_path / "run"), curve_of(unbroken[0])):
+    def test_in_parts(self, labelled_tiles, tmp_path):
+        # The contrastive alignment draws its negatives from each part: it alone depends on the parts' size.
+        for name, parts in (("whole", 1), ("parts", 2)):
+            run_of(labelled_tiles, tmp_path / name, accumulate=parts, method_args={"alignment": "cosine"})
+        for part, whole in zip(curve_of(tmp_path / "parts"), curve_of(tmp_path / "whole")):
             assert part == pytest.approx(whole, rel=2e-4)
 
     def test_another_seed_gives_others(self, unbroken, labelled_tiles, tmp_path):
@@ -433,6 +436,49 @@ class TestOptimisation:
         assert {"encoder.stem.conv1.weight", "decoder.to_pixels.weight"} <= decayed
         frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
         assert decayed | spared | frozen == set(names.values())
+
+    def test_muon_turns_matrices_alone(self, labelled_tiles):
+        config = config_of(labelled_tiles, optimizer="muon", model="ssmamba_tiny")
+        module, _ = build(config, select_tiles(config))
+        groups = create_optimizer(config, parameter_groups(module, 0.05)).param_groups
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        turned = {names[id(p)] for group in groups if not group["use_fallback"] for p in group["params"]}
+        assert {"encoder.stem.conv2.weight", "encoder.stages.2.blocks.0.mlp.fc1.weight", "decoder.join.weight"} <= turned
+        rest = ("norm", "bias", "lpr", "A_log", "beta", ".D", "mask_token")
+        assert not [name for name in turned if any(part in name for part in rest)]
+        assert all(group["weight_decay"] for group in groups if not group["use_fallback"])
+        trained = {id(p) for p in module.parameters() if p.requires_grad}
+        assert trained == {id(p) for group in groups for p in group["params"]}
+
+    def test_muon_moves_a_matrix_alike_in_all_directions(self, labelled_tiles):
+        """And as far as AdamW would: 0.2 lr for each entry, root mean square."""
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.zeros(32, 64))
+        config = config_of(labelled_tiles, optimizer="muon", lr=0.01, weight_decay=0.0)
+        optimizer = create_optimizer(config, [{"params": [weight], "weight_decay": 0.0}])
+        few = torch.randn(32, 64) * torch.logspace(0, -2, 32)[:, None]  # a gradient of few strong directions
+        weight.grad = few
+        optimizer.step()
+        values = torch.linalg.svdvals(weight.detach())
+        assert values[-1] / values[0] > 0.3 > 10 * torch.linalg.svdvals(few)[-1] / torch.linalg.svdvals(few)[0]
+        assert weight.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.3)
+
+    def test_muon_goes_on_where_it_was(self, labelled_tiles, tmp_path):
+        """Stopped after the first epoch and resumed, it gives the unbroken run's numbers."""
+        muon = {"optimizer": "muon", "reconstruct_every": None}
+        run_of(labelled_tiles, tmp_path / "whole", **muon)
+        run_of(labelled_tiles, tmp_path / "parts", **muon, keep_checkpoints=9)
+        for name in ("step-00000004.pt", "step-00000006.pt"):
+            (tmp_path / "parts" / "checkpoints" / name).unlink()
+        run_of(labelled_tiles, tmp_path / "parts", **muon, keep_checkpoints=9, resume=True)
+        assert curve_of(tmp_path / "parts") == curve_of(tmp_path / "whole")
+        assert_same_weights(tmp_path / "parts", tmp_path / "whole")
+
+    def test_a_timm_without_muon_is_named(self, labelled_tiles, monkeypatch):
+        monkeypatch.delattr("timm.optim.muon")
+        monkeypatch.setitem(sys.modules, "timm.optim.muon", None)
+        with pytest.raises(ValueError, match="newer timm"):
+            create_optimizer(config_of(labelled_tiles, optimizer="muon"), [{"params": [nn.Parameter(torch.zeros(1))]}])
 
     def test_schedule(self, labelled_tiles):
         config = config_of(labelled_tiles, epochs=10, warmup_epochs=2, min_lr=1e-5)

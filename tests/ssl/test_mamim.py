@@ -1,12 +1,14 @@
 """MAMIM: its losses mean what they say, masked pixels stay hidden, and the encoder stays a plain timm model."""
 
+import math
+
 import pytest
 import timm
 import torch
 from torch import nn
 
 from ssmamba_models.data.synthetic import synthetic_he
-from ssmamba_models.ssl.mamim import MAMIM, feature_spread
+from ssmamba_models.ssl.mamim import MAMIM, feature_spread, patch_color
 from ssmamba_models.ssl.mamim_views import MamimViews
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,9 +31,9 @@ def hide(batch, view, cell=16):
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts():
-    out = make(cross_weight=0.3)(make_batch())
-    assert set(out) == {"loss", "low", "high", "cross", "feature_cosine", "feature_rank"}
-    torch.testing.assert_close(out["loss"], out["low"] + out["high"] + 0.3 * out["cross"])
+    out = make(cross_weight=0.3, color_weight=0.7)(make_batch())
+    assert set(out) == {"loss", "low", "high", "color", "cross", "feature_cosine", "feature_rank"}
+    torch.testing.assert_close(out["loss"], out["low"] + out["high"] + 0.7 * out["color"] + 0.3 * out["cross"])
     assert not any(out[name].requires_grad for name in ("feature_cosine", "feature_rank"))
 
 
@@ -51,8 +53,51 @@ def test_without_alignment_there_is_no_predictor_and_no_cross_loss():
     assert not any("predictor" in name for name, _ in mamim.named_parameters())
 
 
+def test_without_colour_nothing_of_it_is_learned():
+    mamim = make(color_weight=0.0)
+    out = mamim(make_batch())
+    assert out["color"] == 0
+    torch.testing.assert_close(out["loss"], out["low"] + out["high"] + 0.3 * out["cross"])
+    out["loss"].backward()
+    wanted = {name for name, p in mamim.named_parameters() if p.requires_grad}
+    assert wanted == {name for name, p in mamim.named_parameters() if p.grad is not None}
+
+
+def test_the_colour_of_a_patch_is_what_normalising_takes_away():
+    pixels = torch.randn(5, 16 * 16, 3) * torch.tensor([0.5, 1.0, 2.0]) + torch.tensor([1.0, -1.0, 0.0])
+    color = patch_color(pixels.flatten(1))
+    torch.testing.assert_close(color[:, :3], pixels.mean(1))
+    torch.testing.assert_close(color[:, 3:].exp() - 0.05, pixels.std(1))
+
+
+def test_colour_is_asked_of_hidden_patches_alone():
+    mamim, batch = make(), make_batch()
+    for head in (mamim.decoder.to_pixels, mamim.decoder.to_color):
+        nn.init.zeros_(head.weight)
+    before = mamim(batch)["color"].item()
+    visible = {**batch, "low": torch.where(hide(batch, "low"), batch["low"], batch["low"] + 1)}
+    hidden = {**batch, "low": torch.where(hide(batch, "low"), batch["low"] + 1, batch["low"])}
+    assert mamim(visible)["color"].item() == pytest.approx(before, rel=1e-6)
+    assert mamim(hidden)["color"].item() != pytest.approx(before, rel=1e-2)
+
+
+def test_a_tile_is_found_among_others_once_features_tell_them_apart():
+    """The contrastive loss of aligned views falls from chance, log B, and features stay apart."""
+    mamim, batch = make(), make_batch(8)
+    optimizer = torch.optim.AdamW([p for p in mamim.parameters() if p.requires_grad], 3e-3)
+    losses = []
+    for _ in range(40):
+        out = mamim(batch)
+        out["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(out["cross"].item())
+    assert losses[-1] < 0.5 * math.log(8)
+    assert out["feature_cosine"] < 0.99
+
+
 def test_a_view_aligned_with_itself_agrees():
-    mamim = make()
+    mamim = make(alignment="cosine")
     mamim.predictor = nn.Identity()
     batch = make_batch()
     same = {
@@ -91,7 +136,7 @@ def test_visible_patches_do_not_enter_the_pixel_loss():
 
 def test_hold_and_token_differ():
     batch = make_batch()
-    assert make(masked_state="hold")(batch)["low"].item() != make()(batch)["low"].item()
+    assert make(masked_state="hold")(batch)["cross"].item() != make()(batch)["cross"].item()
 
 
 @pytest.mark.parametrize("masked_state", ["token", "hold"])
@@ -103,9 +148,9 @@ def test_every_parameter_but_the_encoders_head_learns(masked_state):
     assert not any(p.requires_grad for p in mamim.encoder.head.parameters())
 
 
-def test_the_alignments_target_gets_no_gradient():
+def test_the_cosine_alignments_target_gets_no_gradient():
     """The high view's pixels reach the loss through the pixel loss alone, once the target is cut off."""
-    mamim, batch = make(cross_weight=1.0), make_batch()
+    mamim, batch = make(alignment="cosine", cross_weight=1.0), make_batch()
     high = batch["high"].requires_grad_()
     mamim(batch)["cross"].backward()
     assert high.grad is None or not high.grad.any()
@@ -144,9 +189,9 @@ def test_reconstructions_change_hidden_cells_alone():
     torch.testing.assert_close(pictures["input"], (batch["low"] * std + mean).clamp(0, 1))
 
 
-def test_a_reconstruction_keeps_each_patchs_mean():
+def test_without_colour_a_reconstruction_keeps_each_patchs_mean():
     """A prediction of zero, in normalised pixels, is the patch's mean grey."""
-    mamim, batch = make().eval(), make_batch()
+    mamim, batch = make(color_weight=0.0).eval(), make_batch()
     nn.init.zeros_(mamim.decoder.to_pixels.weight)
     batch["low"] = batch["low"][:, :1].expand(-1, 3, -1, -1) * 0.2  # one grey per pixel, far from 0 and 1
     pictures = mamim.reconstruct(batch)
@@ -156,6 +201,14 @@ def test_a_reconstruction_keeps_each_patchs_mean():
     predicted, shown = pictures["predicted"][cell][hidden], pictures["input"][cell][hidden]
     torch.testing.assert_close(predicted.mean((1, 2)), shown.mean((1, 2)), atol=2e-3, rtol=0)
     assert predicted.std() < shown.std() + 1
+
+
+def test_with_colour_a_reconstruction_tells_nothing_of_what_is_hidden():
+    mamim, batch = make().eval(), make_batch()
+    hidden = hide(batch, "low")
+    before = mamim.reconstruct(batch)["predicted"]
+    other = {**batch, "low": torch.where(hidden, torch.randn_like(batch["low"]), batch["low"])}
+    torch.testing.assert_close(mamim.reconstruct(other)["predicted"][hidden], before[hidden])
 
 
 def test_feature_spread_tells_collapse_from_variety():
@@ -173,6 +226,9 @@ def test_feature_spread_tells_collapse_from_variety():
         ({"patch_size": 8}, "third one's stride"),
         ({"masked_state": "drop"}, "token, hold"),
         ({"cross_weight": -1.0}, "cross_weight"),
+        ({"color_weight": -1.0}, "color_weight"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"alignment": "none"}, "contrast, cosine"),
         ({"decoder_depth": -1}, "decoder_depth"),
     ],
 )
