@@ -48,6 +48,10 @@ class OpenSlideBackend:
         path: the slide.
         cache_bytes: how many bytes of decoded tiles OpenSlide may keep.
 
+    Attributes:
+        is_ome: whether it is an OME-TIFF, of which OpenSlide sees the first page only: neither channels on other pages
+            nor levels in sub-directories, nor the size of a pixel.
+
     Raises:
         NotASlideError: OpenSlide does not open it.
         ImportError: OpenSlide is missing.
@@ -63,9 +67,11 @@ class OpenSlideBackend:
             self._slide = self._open()
             self.level_dimensions = self._slide.level_dimensions
             self.level_downsamples = self._slide.level_downsamples
-            self.pixel_sizes = _pixel_sizes(dict(self._slide.properties))
+            properties = dict(self._slide.properties)
         except self._openslide.OpenSlideError as error:
             raise NotASlideError(f"OpenSlide cannot open {os.fspath(path)!r}: {one_line(error)}") from error
+        self.pixel_sizes = _pixel_sizes(properties)
+        self.is_ome = "<OME" in properties.get("tiff.ImageDescription", "")
 
     def _open(self):
         slide = self._openslide.OpenSlide(self._path)
@@ -75,7 +81,7 @@ class OpenSlideBackend:
     def read(
         self, level: int, left: float, top: float, width: float, height: float
     ) -> tuple[Image.Image, tuple[float, float]]:
-        # OpenSlide takes level-0 pixels at every level and places the rest of a level's pixel itself.
+        # OpenSlide takes level-0 pixels at every level, and shifts by a fraction of a level's pixel itself.
         (x, rest_x), (y, rest_y) = whole_start(left), whole_start(top)
         downsample = self.level_downsamples[level]
         offset = (rest_x / downsample, rest_y / downsample)

@@ -10,8 +10,8 @@ import numpy as np
 
 from ssmamba_models.wsi.errors import TileError
 
-# Pixels of a level that one piece may need, per side: 48 MB as RGB.
-_PIECE = 4096
+# Pixels of a level that one piece may need, per side: 12 MB as RGB.
+_PIECE = 2048
 
 # A piece that cannot be read is quartered until the loss is this small, and no longer than for so many failures:
 # each costs a re-opening, and a slide full of holes must not cost an hour.

@@ -166,8 +166,8 @@ def open_slide(
 ) -> Slide:
     """Open a slide of any format.
 
-    OpenSlide opens what it knows, tifffile other TIFF files (OME-TIFF, striped TIFF), Pillow PNG, JPEG, WebP and BMP.
-    The content decides, not the suffix.
+    OpenSlide opens what it knows, tifffile OME-TIFF and other TIFF files, Pillow PNG, JPEG, WebP and BMP. The content
+    decides, not the suffix.
 
     Args:
         path: the slide's file (of a MIRAX slide the .mrxs, of a DICOM slide one .dcm).
@@ -220,7 +220,10 @@ def _open_first(path: str | os.PathLike, cache_bytes: int) -> Backend:
     reason = ""
     if openslide_knows(path):
         try:
-            return OpenSlideBackend(path, cache_bytes)
+            opened = OpenSlideBackend(path, cache_bytes)
+            if not opened.is_ome:
+                return opened
+            opened.close()
         except NotASlideError as error:
             reason = f" ({error})"
     if is_tiff(path):

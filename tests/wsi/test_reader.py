@@ -105,7 +105,7 @@ class TestOtherMpp:
 
     @pytest.mark.parametrize("arguments", [(0, 10, 0.5), (10, 0, 0.5), (10, 10, 0), (10, 10, float("nan"))])
     def test_impossible_requests(self, slide, arguments):
-        with pytest.raises(ValueError, match="pixel|micrometres"):
+        with pytest.raises(ValueError, match=r"has no pixel|micrometres"):
             slide.read_region(0, 0, *arguments)
 
 
@@ -205,11 +205,11 @@ class TestThumbnail:
         assert np.array_equal(image[:256, :512], pixels(waves, SIZE)[:256, :512])
 
     def test_pieces_join_where_the_slide_has_no_pyramid(self, tmp_path):
-        path = make_pyramid(tmp_path / "s.tif", (9000, 5000), 0.25, levels=(1,), content=tissue)
+        path = make_pyramid(tmp_path / "s.tif", (2500, 2200), 0.25, levels=(1,), content=tissue)
         with open_slide(path) as opened:
-            image, downsample = opened.thumbnail(450)
-            whole = opened.read_region(0, 0, 450, 250, 5.0)
-        assert (image.shape, downsample) == ((250, 450, 3), 20.0)
+            image, downsample = opened.thumbnail(250)
+            whole = opened.read_region(0, 0, 250, 220, 2.5)
+        assert (image.shape, downsample) == ((220, 250, 3), 10.0)
         # At the pieces' borders kernels end, which dims nothing and moves nothing.
         assert np.abs(image.astype(int) - whole).max() < 40
         assert np.abs(image.astype(int) - whole).mean() < 0.2
