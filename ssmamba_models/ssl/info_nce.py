@@ -11,8 +11,8 @@ from torch import Tensor
 def two_way_info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     """Cross-entropy of finding each row's partner by cosine similarity, first to second and second to first.
 
-    In distributed training the candidates are the rows of all processes, and gradients flow to them there; with the mean
-    over processes that DDP takes of gradients, loss and gradients are those of one process with the whole batch.
+    In distributed training the candidates are the rows of all processes, and gradients flow to them there; with the
+    mean that DDP takes of gradients, loss and gradients are those of one process with the whole batch.
 
     Args:
         first, second: (B, D); row i of one is the partner of row i of the other. B is the same on all processes.

@@ -94,9 +94,9 @@ class MAMIM(nn.Module):
         ValueError: an encoder that is no ssmamba, an argument out of its range, a batch that does not fit.
 
     Source: SSMamba (arXiv:2604.15711), MAMIM, as this project reads it; normalised pixels as MAE (arXiv:2111.06377,
-    sec. 4); tokens instead of dropped positions, and the ratio, after MAP (arXiv:2410.00871); InfoNCE: arXiv:1807.03748,
-    eq. 4, both ways as in SimCLR (arXiv:2002.05709), negatives across images alone; stop-gradient predictor as SimSiam
-    (arXiv:2011.10566, eq. 1); effective rank: Roy and Vetterli (EUSIPCO 2007).
+    sec. 4); tokens instead of dropped positions, and the ratio, after MAP (arXiv:2410.00871); InfoNCE:
+    arXiv:1807.03748, eq. 4; stop-gradient predictor as SimSiam (arXiv:2011.10566, eq. 1); effective rank: Roy and
+    Vetterli (EUSIPCO 2007).
     """
 
     def __init__(

@@ -443,7 +443,8 @@ class TestOptimisation:
         groups = create_optimizer(config, parameter_groups(module, 0.05)).param_groups
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         turned = {names[id(p)] for group in groups if not group["use_fallback"] for p in group["params"]}
-        assert {"encoder.stem.conv2.weight", "encoder.stages.2.blocks.0.mlp.fc1.weight", "decoder.join.weight"} <= turned
+        wanted = {"encoder.stem.conv2.weight", "encoder.stages.2.blocks.0.mlp.fc1.weight", "decoder.join.weight"}
+        assert wanted <= turned
         rest = ("norm", "bias", "lpr", "A_log", "beta", ".D", "mask_token")
         assert not [name for name in turned if any(part in name for part in rest)]
         assert all(group["weight_decay"] for group in groups if not group["use_fallback"])
