@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,14 @@ def train_mil(
     run = open_run(out, config, resume)
     _remember(run, bags)
     reader = BagReader(bags, config.cache_gb * 1e9)
-    with tqdm(total=len(folds) * config.epochs, unit="epoch", desc="mil", disable=not progress) as bar:
+    interval = 0.1 if sys.stderr.isatty() else 30
+    total = len(folds) * config.epochs
+    with tqdm(total=total, unit="epoch", desc="mil", disable=not progress, mininterval=interval) as bar:
         for number, fold in enumerate(folds):
             if not (_folder(run, number) / FOLD).is_file():
                 _train_fold(config, bags, fold, number, reader, device, run, bar)
-            bar.n = (number + 1) * config.epochs  # early stopping, or a fold of an earlier run
-            bar.refresh()
+            # Folds stop early, or were done by an earlier run.
+            bar.update((number + 1) * config.epochs - bar.n)
     return _finish(run, bags, len(folds))
 
 
@@ -129,7 +132,7 @@ def _train_fold(
 ) -> None:  # fmt: skip
     def tell(record: dict[str, Any]) -> None:
         bar.update()
-        bar.set_postfix_str(f"fold {number + 1}, val loss {record['val_loss']:.4f}")
+        bar.set_postfix_str(f"fold {number + 1}, val loss {record['val_loss']:.4f}", refresh=False)
 
     fit = Fit(config, bags, fold, number, reader, device)
     result = fit.run(tell)
