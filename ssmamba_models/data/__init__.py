@@ -1,1 +1,1 @@
-"""Tiles and what is made of them: folders of images, feature files, synthetic H&E."""
+"""Tiles and what is made of them: folders of images, feature files (ours and other tools'), bags, synthetic H&E."""

@@ -183,7 +183,7 @@ def _create(file, name: str, shape: tuple[int, ...], dtype):
     )
 
 
-def row_blocks(rows: int, row_bytes: int, block_bytes: int = 16 << 20) -> Iterator[slice]:
+def row_blocks(rows: int, row_bytes: int, block_bytes: int = 8 << 20) -> Iterator[slice]:
     """Slices that cover `rows` rows, each of about `block_bytes`: what walks a bag larger than memory."""
     step = max(1, block_bytes // max(row_bytes, 1))
     for start in range(0, rows, step):
