@@ -52,7 +52,7 @@ class FinetuneResult:
 def finetune(
     config: FinetuneConfig, out: str | os.PathLike, *, resume: bool = False, progress: bool = True
 ) -> FinetuneResult:
-    """Train a classifier on labelled tiles, and validate it after each epoch on groups that it never saw.
+    """Train a classifier on labelled tiles, and validate it on groups that it never saw.
 
     Writes the run folder: config.yaml, log.jsonl, tensorboard/, checkpoints/, and of the epoch with the best macro-F1
     (of equal ones the lower loss) weights.safetensors (the plain timm state dict, classifier included), metrics.json
@@ -225,7 +225,7 @@ def _parameter_groups(config: FinetuneConfig, network: nn.Module) -> list[dict[s
 
 
 class _Judge:
-    """Validates after each epoch, and keeps the best epoch's weights and metrics through checkpoints."""
+    """Validates after epochs, and keeps the best epoch's weights and metrics through checkpoints."""
 
     def __init__(
         self, config: FinetuneConfig, run: Path, train: LabelledTiles, val: LabelledTiles, validation: Validation
@@ -236,6 +236,8 @@ class _Judge:
         self.weights: dict[str, torch.Tensor] = {}
 
     def end_epoch(self, epoch: int, classifier: Classifier, log: RunLog) -> Mapping[str, Any]:
+        if epoch % self.config.validate_every and epoch != self.config.epochs:
+            return {}
         predictions = self.validation.predict(classifier.network)
         metrics = classification_metrics(predictions.targets, predictions.probabilities, self.classes)
         found = {"epoch": epoch, "loss": predictions.loss, **metrics}
@@ -253,7 +255,7 @@ class _Judge:
     def _write(self, found: dict[str, Any], predictions: Predictions, log: RunLog) -> None:
         paths = self.sets["val"].paths
         unreadable = {paths[place]: reason for place, reason in predictions.unreadable}
-        if found["epoch"] == 1:
+        if found["epoch"] == min(self.config.validate_every, self.config.epochs):
             for path, reason in unreadable.items():
                 log.tell(f"unreadable, not validated: {path!r}: {reason}")
         write_metrics(self.run / "metrics.json", self.classes, self.sets, self.best, found, unreadable)

@@ -16,6 +16,7 @@ class FinetuneConfig(TrainConfig):
         split, val_split: the splits to train on and to validate with, where the data has splits.
         val_fraction: share of the groups held out where there is no `val_split`.
         split_seed: draws the groups held out.
+        validate_every: epochs between two validations; the last epoch is always validated.
         train_fraction: share of the training groups to use, for runs with few labels; drawn by `seed`, the smaller
             share a part of the larger.
         balance: "loss" weights each tile's loss by the inverse frequency of its class, "sampler" draws all classes
@@ -41,6 +42,7 @@ class FinetuneConfig(TrainConfig):
     val_split: str = "val"
     val_fraction: float = 0.2
     split_seed: int = 0
+    validate_every: int = 1
     train_fraction: float = 1.0
     balance: Literal["none", "loss", "sampler"] = "none"
     layer_decay: float | None = 0.65
@@ -59,6 +61,7 @@ class FinetuneConfig(TrainConfig):
         **TrainConfig.RANGES,
         "val_fraction": (1e-6, 0.999),
         "split_seed": (0, 2**63 - 1),
+        "validate_every": (1, INFINITE),
         "train_fraction": (1e-9, 1),
         "layer_decay": (0.01, 1),
         "label_smoothing": (0, 0.99),

@@ -116,6 +116,14 @@ class TestTrained:
         metadata = read_weights(run / "weights.safetensors")[1]
         assert metadata["selected"].startswith(f"epoch {result.best['epoch']}, the best by macro-F1")
 
+    def test_validated_now_and_then(self, trained, tiles, tmp_path):
+        """Every third epoch and the last one are, to the numbers that validating them all gives."""
+        run_of(tiles, tmp_path / "run", validate_every=3)
+        seen = {line["epoch"]: line["val_macro_f1"] for line in epochs_of(tmp_path / "run") if "val_macro_f1" in line}
+        every = {line["epoch"]: line["val_macro_f1"] for line in epochs_of(trained[0])}
+        assert seen == {epoch: every[epoch] for epoch in (3, 6, 8)}
+        assert metrics_of(tmp_path / "run")["best"]["macro_f1"] == max(seen.values())
+
     def test_metrics_agree_with_sklearn_on_the_predictions(self, trained):
         run, _ = trained
         rows, best = predictions_of(run), metrics_of(run)["best"]
