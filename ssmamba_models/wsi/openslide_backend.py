@@ -75,7 +75,9 @@ class OpenSlideBackend:
 
     def _open(self):
         slide = self._openslide.OpenSlide(self._path)
-        slide.set_cache(self._openslide.OpenSlideCache(self._cache_bytes))
+        # OpenSlide before 4.0 has a cache of fixed size, which is slower and right.
+        with contextlib.suppress(self._openslide.OpenSlideVersionError):
+            slide.set_cache(self._openslide.OpenSlideCache(self._cache_bytes))
         return slide
 
     def read(
@@ -86,21 +88,27 @@ class OpenSlideBackend:
         downsample = self.level_downsamples[level]
         offset = (rest_x / downsample, rest_y / downsample)
         size = (whole_count(offset[0], width), whole_count(offset[1], height))
-        slide = self._slide
+        request = ((x, y), level, size)
         try:
-            region = slide.read_region((x, y), level, size)
-        except self._openslide.OpenSlideError as error:
-            self._reopen(slide)
-            raise TileError(left, top, one_line(error)) from error
-        return _on_white(region), offset
+            return _on_white(self._slide.read_region(*request)), offset
+        except self._openslide.OpenSlideError:
+            return _on_white(self._read_again(*request)), offset
 
-    def _reopen(self, failed) -> None:
-        # After one error an OpenSlide handle answers every call with that error. The old handle is not closed but
-        # dropped: another thread may be reading from it, and will come here for itself.
-        # Where the file is gone the old handle stays, and the next read says so again.
-        with self._lock, contextlib.suppress(self._openslide.OpenSlideError, OSError):
-            if self._slide is failed:
-                self._slide = self._open()
+    def _read_again(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+        # After one error an OpenSlide handle answers every call with that error, so the place may be sound and
+        # another thread have met the bad one: a handle that nobody else has yet tells. Old handles are not closed but
+        # dropped, as other threads may still be reading from them.
+        with self._lock:
+            try:
+                slide = self._open()
+                region = slide.read_region(location, level, size)
+                self._slide = slide
+                return region
+            # OSError: the file is gone.
+            except (self._openslide.OpenSlideError, OSError) as error:
+                with contextlib.suppress(self._openslide.OpenSlideError, OSError):
+                    self._slide = self._open()
+                raise TileError(*location, one_line(error)) from error
 
     def close(self) -> None:
         self._slide.close()

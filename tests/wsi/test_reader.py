@@ -1,6 +1,7 @@
 """Tiles hold the pixels that they say they hold, whatever reads them."""
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -173,6 +174,24 @@ class TestBadTiles:
             good = opened.read_region(777, 1234, 224, 224, 0.499)
         original = data_root / "slides" / "cmu-1-small-region.svs"
         assert np.array_equal(good, np.array(reference(original, 777, 1234, 224, 224, 0)))
+
+    @pytest.mark.parametrize("backend", ["openslide", "tifffile"])
+    def test_threads_may_share_a_slide_with_bad_tiles(self, tmp_path, backend):
+        path = corrupt_tile(make_pyramid(tmp_path / "s.tif", (1000, 600), 0.5, content=waves), index=1)
+        known = pixels(waves, (1000, 600))
+
+        def read(x):
+            try:
+                return x, opened.read_region(x, 10, 60, 60, 0.5)
+            except TileError:
+                return x, None
+
+        with open_slide(path, backend=backend) as opened, ThreadPoolExecutor(4) as threads:
+            for x, tile in threads.map(read, [0, 300, 600, 900, 350, 100] * 15):
+                if x in (300, 350):
+                    assert tile is None
+                else:
+                    assert np.array_equal(tile, known[10:70, x : x + 60])
 
     def test_the_error_survives_a_change_of_process(self):
         error = pickle.loads(pickle.dumps(TileError(3, 4, "torn")))
