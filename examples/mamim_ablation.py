@@ -1,0 +1,88 @@
+"""What each part of MAMIM is worth: short runs that differ in one setting, scored on groups that none of them saw.
+
+python examples/mamim_ablation.py --quick --out ablation               # synthetic tiles, a tiny model: two minutes
+python examples/mamim_ablation.py --data lc25000 --out ablation --epochs 1 \\
+    --task lung-3=lung_aca,lung_n,lung_scc --task colon-2=colon_aca,colon_n
+
+Every run has the same budget, seed and order of tiles. What is done is kept: the same line again goes on where it was
+stopped. --only NAME trains a part of the runs, so that several processes or machines can share them. The table is
+OUT/report/report.md.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from ssmamba_models.data.synthetic import write_synthetic_tiles
+from ssmamba_models.engine.pretrain import PretrainConfig, pretrain
+from ssmamba_models.evaluation.embedding import Embedding
+from ssmamba_models.evaluation.evaluate import evaluate
+from ssmamba_models.evaluation.model_choice import parse_models
+from ssmamba_models.evaluation.settings import Settings
+from ssmamba_models.evaluation.tasks import parse_task
+
+# Name -> what differs from the first: (settings, method_args, view_args).
+RUNS = {
+    "base": ({}, {}, {}),
+    "hold": ({}, {"masked_state": "hold"}, {}),
+    "no_alignment": ({}, {"cross_weight": 0.0}, {}),
+    "cosine_alignment": ({}, {"alignment": "cosine", "cross_weight": 0.1}, {}),
+    "no_color": ({}, {"color_weight": 0.0}, {}),
+    "mask_75": ({}, {}, {"mask_ratio": 0.75}),
+    "one_scale": ({"model_args": {"scales": ((1,), (1,), (1,), (1,))}}, {}, {}),
+    "adamw": ({"optimizer": "adamw", "lr": 6e-4}, {}, {}),
+}
+LC25000 = {"model": "ssmamba_tiny", "img_size": 96, "batch_size": 64, "lr": 1.5e-3, "optimizer": "muon"}
+QUICK = {"model": "test_ssmamba", "img_size": 64, "batch_size": 12, "lr": 2e-3, "workers": 0, "epochs": 2}
+
+
+def config_of(name, data, arguments):
+    settings, method_args, view_args = RUNS[name]
+    shared = QUICK if arguments.quick else {**LC25000, "epochs": arguments.epochs, "workers": 1}
+    return PretrainConfig(
+        data=str(data),
+        drop_path_rate=0.0,
+        reconstruct_every=None,
+        method_args={"cell_size": 16, **method_args},
+        view_args=view_args,
+        **{**shared, **settings},
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="labelled tiles with a split train")
+    parser.add_argument("--task", action="append", default=[], help="NAME=class,class,...; once for each")
+    parser.add_argument("--epochs", type=int, default=1, help="of each run; default: %(default)s")
+    parser.add_argument("--only", action="append", choices=list(RUNS), help="train this run; once for each")
+    parser.add_argument("--no-report", action="store_true", help="train alone")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the report")
+    parser.add_argument("--quick", action="store_true", help="a tiny model on synthetic tiles")
+    arguments = parser.parse_args()
+    if not arguments.quick and not arguments.data:
+        parser.error("give --data FOLDER, or --quick to look at synthetic tiles")
+    names = arguments.only or list(RUNS)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        data = arguments.data or write_synthetic_tiles(scratch, tiles_per_kind=16, size=96)
+        for name in names:
+            print(f"== {name}", flush=True)
+            pretrain(config_of(name, data, arguments), arguments.out / name, resume=True)
+        if arguments.no_report:
+            return
+        model = config_of("base", data, arguments).model
+        trained = [f"{name}={model}@{arguments.out / name}" for name in names]
+        evaluate(
+            data,
+            parse_models([*trained, f"random={model}@none", "color_histogram"]),
+            arguments.out / "report",
+            tasks=[parse_task(text) for text in arguments.task],
+            settings=Settings(magnification=True),
+            embedding=Embedding(img_size=64 if arguments.quick else 96),
+            overwrite=True,
+        )
+    print((arguments.out / "report" / "report.md").read_text().split("### Comparisons")[0])
+
+
+if __name__ == "__main__":
+    main()
