@@ -49,8 +49,7 @@ class OpenSlideBackend:
         cache_bytes: how many bytes of decoded tiles OpenSlide may keep.
 
     Attributes:
-        is_ome: whether it is an OME-TIFF, of which OpenSlide sees the first page only: neither channels on other pages
-            nor levels in sub-directories, nor the size of a pixel.
+        vendor: whose format it is; "generic-tiff" for any tiled TIFF.
 
     Raises:
         NotASlideError: OpenSlide does not open it.
@@ -71,7 +70,7 @@ class OpenSlideBackend:
         except self._openslide.OpenSlideError as error:
             raise NotASlideError(f"OpenSlide cannot open {os.fspath(path)!r}: {one_line(error)}") from error
         self.pixel_sizes = _pixel_sizes(properties)
-        self.is_ome = "<OME" in properties.get("tiff.ImageDescription", "")
+        self.vendor = properties.get("openslide.vendor", "")
 
     def _open(self):
         slide = self._openslide.OpenSlide(self._path)

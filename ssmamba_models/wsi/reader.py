@@ -16,7 +16,7 @@ from ssmamba_models.wsi.image_backend import ImageBackend
 from ssmamba_models.wsi.mpp import check_mpp, choose_mpp, slide_name
 from ssmamba_models.wsi.openslide_backend import OpenSlideBackend, openslide_knows
 from ssmamba_models.wsi.overview import Overview, read_overview
-from ssmamba_models.wsi.tiff_backend import TiffBackend
+from ssmamba_models.wsi.tiff_backend import TiffBackend, is_ome_tiff
 from ssmamba_models.wsi.truncation import check_not_truncated, is_tiff
 
 BACKENDS = ("openslide", "tifffile", "pil")
@@ -221,11 +221,10 @@ def _open_first(path: str | os.PathLike, cache_bytes: int) -> Backend:
     if openslide_knows(path):
         try:
             opened = OpenSlideBackend(path, cache_bytes)
-            if not opened.is_ome:
-                return opened
-            opened.close()
         except NotASlideError as error:
             reason = f" ({error})"
+        else:
+            return _or_ome(opened, path, cache_bytes)
     if is_tiff(path):
         return TiffBackend(path, cache_bytes)
     try:
@@ -235,3 +234,15 @@ def _open_first(path: str | os.PathLike, cache_bytes: int) -> Backend:
             f"{os.fspath(path)!r} is not a slide that OpenSlide, tifffile or Pillow can read{reason}; check that it "
             "was copied whole, or export it as a tiled TIFF"
         ) from error
+
+
+def _or_ome(opened: OpenSlideBackend, path: str | os.PathLike, cache_bytes: int) -> Backend:
+    try:
+        ome = opened.vendor == "generic-tiff" and is_ome_tiff(path)
+    except BaseException:
+        opened.close()
+        raise
+    if not ome:
+        return opened
+    opened.close()
+    return TiffBackend(path, cache_bytes)

@@ -17,6 +17,7 @@ from ssmamba_models.wsi.errors import NotASlideError, TileError, UnsupportedSlid
 from ssmamba_models.wsi.tiff_layout import (
     Plane,
     TiffLevel,
+    check_samples,
     find_levels,
     find_pixel_sizes,
     find_series,
@@ -40,6 +41,32 @@ def require_tifffile() -> ModuleType:
             f'reading this slide needs tifffile ({error}); install it with: pip install "ssmamba-models[wsi]"'
         ) from error
     return tifffile
+
+
+def is_ome_tiff(path: str | os.PathLike) -> bool:
+    """Look at a TIFF file of no vendor's format, of which OpenSlide reads the pages as libtiff shows them.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Whether it is an OME-TIFF, of which OpenSlide sees the first page only: neither channels on other pages, nor
+        levels in sub-directories, nor the size of a pixel.
+
+    Raises:
+        UnsupportedSlideError: it shows no RGB or grey picture; OpenSlide would find that out at each tile.
+    """
+    tifffile = require_tifffile()
+    try:
+        with tifffile.TiffFile(path) as file:
+            if not file.is_ome:
+                check_samples(find_series(file))
+            return file.is_ome
+    except UnsupportedSlideError as error:
+        raise UnsupportedSlideError(f"{os.fspath(path)!r} cannot be read as a slide: {error}") from error
+    # What tifffile cannot make sense of, OpenSlide may.
+    except Exception:
+        return False
 
 
 class TiffBackend:

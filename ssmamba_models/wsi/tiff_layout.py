@@ -75,12 +75,18 @@ def find_levels(series: Any) -> tuple[TiffLevel, ...]:
     Raises:
         UnsupportedSlideError: the series is no RGB or grey picture of 8 to 16 bits.
     """
-    _check_layout(series)
+    check_samples(series)
+    _check_colors(series.keyframe)
     levels = [_level(level) for level in series.levels if level.axes == series.axes]
     return tuple(sorted(levels, key=lambda level: -level.width))
 
 
-def _check_layout(series: Any) -> None:
+def check_samples(series: Any) -> None:
+    """Make sure that a series shows one picture in RGB or grey, of 8 or 16 bits.
+
+    Raises:
+        UnsupportedSlideError: it is a stack, has other channels, or numbers without a defined white.
+    """
     page = series.keyframe
     if series.axes not in _LAYOUTS:
         raise UnsupportedSlideError(
@@ -93,6 +99,9 @@ def _check_layout(series: Any) -> None:
         raise UnsupportedSlideError(f"its samples are {series.dtype}, which has no defined white; save 8 or 16 bits")
     if series.axes == "CYX" and page.photometric != _RGB and series.dtype != np.uint8:
         raise UnsupportedSlideError("its 16-bit channels are no RGB (fluorescence?); save an RGB rendering")
+
+
+def _check_colors(page: Any) -> None:
     decoded_to_rgb = page.photometric == _YCBCR and page.compression in _JPEGS
     if page.photometric not in (_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB) and not decoded_to_rgb:
         raise UnsupportedSlideError(f"its colours are stored as {page.photometric!s}; save it as RGB")

@@ -133,6 +133,27 @@ class TestTiff:
             open_slide(path)
 
 
+    @pytest.mark.parametrize(
+        ("data", "options", "message"),
+        [
+            (np.zeros((64, 64, 3), np.float32), {"photometric": "rgb"}, "float32, which has no defined white"),
+            (np.zeros((3, 64, 64), np.uint8), {"photometric": "minisblack"}, "stacked"),
+            (np.zeros((64, 64, 5), np.uint8), {"photometric": "minisblack", "planarconfig": "contig"}, "5 channels"),
+        ],
+    )
+    def test_no_rgb_picture_though_openslide_opens_it(self, tmp_path, data, options, message):
+        path = write(tmp_path / "s.tif", data, tile=(16, 16), **options)
+        with pytest.raises(UnsupportedSlideError, match=rf"s\.tif' cannot be read as a slide.*{message}"):
+            open_slide(path)
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_16_bits_through_openslide(self, tmp_path, channels):
+        eight = RGB if channels == 3 else RGB[:, :, :1]
+        options = {"photometric": "rgb" if channels == 3 else "minisblack", "tile": (128, 128)}
+        path = write(tmp_path / "s.tif", np.squeeze(eight.astype(np.uint16) * 257), **options)
+        check(path, np.broadcast_to(eight, RGB.shape), "openslide")
+
+
 class TestPictures:
     @pytest.mark.parametrize("suffix", [".png", ".bmp", ".webp"])
     def test_pixels(self, tmp_path, suffix):
