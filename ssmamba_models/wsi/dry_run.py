@@ -1,0 +1,112 @@
+"""What a job would do: slides, tiles, and the time that they would take; nothing is written."""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from ssmamba_models.engine.processes import default_workers
+from ssmamba_models.wsi.decode_processes import Decoders
+from ssmamba_models.wsi.decoding import Prepared, PrepareTask
+from ssmamba_models.wsi.errors import one_line
+from ssmamba_models.wsi.extract_plan import ExtractPlan
+from ssmamba_models.wsi.job import Job
+from ssmamba_models.wsi.slide_list import SlideFile
+from ssmamba_models.wsi.status import DONE, FAILED, NO_TISSUE, PENDING
+from ssmamba_models.wsi.tile_encoder import TileEncoder
+
+# The model is timed over so many batches and at least so many seconds, after one to warm up.
+_BATCHES, _SECONDS = 3, 2.0
+
+
+@dataclass(frozen=True)
+class PlannedSlide:
+    """A slide of a dry run.
+
+    Attributes:
+        name: the slide.
+        status: DONE (nothing to do), PENDING, NO_TISSUE, or FAILED (it cannot be used).
+        tiles: how many it has.
+        mpp, mpp_source: of level 0, and where that comes from.
+        reason: why it cannot be used.
+    """
+
+    name: str
+    status: str
+    tiles: int = 0
+    mpp: float | None = None
+    mpp_source: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a job would do.
+
+    Attributes:
+        slides: each of them.
+        tiles: of those that are to be done.
+        tiles_per_second: of the model alone, on random tiles.
+    """
+
+    slides: list[PlannedSlide]
+    tiles: int
+    tiles_per_second: float
+
+    @property
+    def seconds(self) -> float:
+        """Estimate of the time, if reading keeps up with the model."""
+        return self.tiles / self.tiles_per_second
+
+
+def dry_run(slides, out: str | os.PathLike, plan: ExtractPlan, *, progress: bool = True) -> DryRun:
+    """Count tiles and time the model, as `extract_slides` with the same arguments would need them.
+
+    Raises:
+        As `extract_slides`; nothing is written.
+    """
+    found = plan.slides(slides)
+    encoder = plan.load()
+    job = Job(out, plan.settings(encoder, encoder.provenance()))
+    job.check_place()
+    workers = default_workers(encoder.encoder.device, 1) if plan.workers is None else plan.workers
+    with Decoders(workers) as decoders:
+        waiting = [(slide, None if job.find_done(slide) else _submit(decoders, slide, plan)) for slide in found]
+        bar = tqdm(waiting, unit="slide", desc="count tiles", disable=not progress)
+        planned = [_plan_slide(slide, future, job) for slide, future in bar]
+    tiles = sum(slide.tiles for slide in planned if slide.status == PENDING)
+    return DryRun(planned, tiles, measure_speed(encoder, plan.batch_size))
+
+
+def _submit(decoders: Decoders, slide: SlideFile, plan: ExtractPlan) -> Future:
+    return decoders.submit(PrepareTask(slide, plan.mpp, plan.tile_size, plan.overlap, plan.min_tissue))
+
+
+def _plan_slide(slide: SlideFile, future: Future | None, job: Job) -> PlannedSlide:
+    if future is None:
+        facts = job.find_done(slide)
+        return PlannedSlide(slide.name, DONE, facts["tiles"], facts["mpp"], facts["mpp_source"])
+    try:
+        prepared: Prepared = future.result()
+    # As in the job itself: whatever is wrong with a slide is a matter of that slide.
+    except Exception as error:
+        return PlannedSlide(slide.name, FAILED, reason=one_line(error))
+    status = PENDING if len(prepared.coords) else NO_TISSUE
+    return PlannedSlide(slide.name, status, len(prepared.coords), prepared.mpp, prepared.mpp_source)
+
+
+def measure_speed(encoder: TileEncoder, batch_size: int, seconds: float = _SECONDS) -> float:
+    """Tiles per second of a model that waits for nothing."""
+    shape = (batch_size, encoder.size, encoder.size, 3)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    encoder.finish(encoder.start(pixels))
+    start, batches = time.perf_counter(), 0
+    while batches < _BATCHES or time.perf_counter() - start < seconds:
+        encoder.finish(encoder.start(pixels))
+        batches += 1
+    return batches * batch_size / (time.perf_counter() - start)

@@ -1,0 +1,255 @@
+"""Extraction on this machine: processes decode ahead, across the borders of slides; the model takes batch after batch.
+
+A batch holds tiles of one slide, cut at fixed places (tiles 0..B-1, B..2B-1, ...). So a slide's bytes depend on the
+batch size and the device alone, not on neighbours, workers, shards or the point where a killed job was resumed: kernels
+may round otherwise in a batch of another size (test_ssmamba's do, in the last bit), and no kernel of a GPU promises the
+same rounding at another place in the batch. A slide's last batch is smaller: less than a batch's time for each slide.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ssmamba_models.wsi.decode_processes import DecoderDied, Decoders
+from ssmamba_models.wsi.decoding import OutputError, PrepareTask, ReadTask
+from ssmamba_models.wsi.errors import SlideError, one_line
+from ssmamba_models.wsi.job import Job
+from ssmamba_models.wsi.slide_run import Outcome, SlideRun
+from ssmamba_models.wsi.tile_encoder import TileEncoder
+
+# Tiles that a process reads at a time: enough to outweigh the asking, few enough that all share a batch.
+_CHUNK = 16
+
+# Slides whose tissue is looked for while an earlier one's tiles are read.
+_SLIDES_AHEAD = 2
+
+
+@dataclass
+class Timing:
+    """Where the time of a run went.
+
+    Attributes:
+        tiles: that went through the model.
+        seconds: in all.
+        waiting: of these, the model had no tiles.
+    """
+
+    tiles: int = 0
+    seconds: float = 0.0
+    waiting: float = 0.0
+
+    @property
+    def tiles_per_second(self) -> float:
+        return self.tiles / self.seconds if self.seconds else 0.0
+
+    @property
+    def wait_share(self) -> float:
+        return self.waiting / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class _Batch:
+    run: SlideRun
+    rows: slice
+    chunks: list[Future] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+class LocalEngine:
+    """Takes slides through decoding processes and a model.
+
+    Args:
+        job: whose settings say how tiles are read.
+        encoder: the model.
+        decoders: the processes.
+        batch_size: B.
+        timing: is filled in as time passes.
+    """
+
+    def __init__(self, job: Job, encoder: TileEncoder, decoders: Decoders, batch_size: int, timing: Timing):
+        self._job, self._encoder, self._decoders = job, encoder, decoders
+        self._batch_size, self._timing = batch_size, timing
+        # Two batches, and a chunk for each process: memory is bounded by this, whatever the slides' size.
+        self._room = 2 * batch_size + max(decoders.workers, 1) * min(_CHUNK, batch_size)
+        self._preparing: deque[tuple[SlideRun, Future]] = deque()
+        self._cutting: tuple[SlideRun, Iterator[slice]] | None = None
+        self._batches: deque[_Batch] = deque()
+        self._tiles_ahead = 0
+        self._open: list[SlideRun] = []
+        pin = encoder.encoder.device.type == "cuda"
+        shape = (batch_size, encoder.size, encoder.size, 3)
+        # Two in turn: a GPU may still be copying from the one before.
+        self._buffers = deque(torch.empty(shape, dtype=torch.uint8, pin_memory=pin) for _ in range(2))
+
+    def run(self, runs: Iterator[SlideRun], tell: Callable[[int], None] = lambda tiles: None) -> Iterator[Outcome]:
+        """Extract slides.
+
+        Args:
+            runs: slides, each claimed when it is drawn from this iterator.
+            tell: called with the number of tiles that went through the model.
+
+        Yields:
+            How each slide ended.
+
+        Raises:
+            OutputError: the job's folder cannot be written.
+            ValueError: a batch does not fit into the device's memory.
+        """
+        start, computing = time.perf_counter(), None
+        try:
+            while True:
+                batch = self._next(runs)
+                gathered = None if batch is None else self._gather(batch)
+                self._fill(runs, wait=False)
+                started = None if gathered is None else (batch, gathered[1], self._encoder.start(gathered[0]))
+                if computing is not None:
+                    self._store(*computing, tell)
+                computing = started
+                self._timing.seconds = time.perf_counter() - start
+                yield from self._ended()
+                if batch is None and computing is None:
+                    return
+        finally:
+            self._abandon()
+
+    def _next(self, runs: Iterator[SlideRun]) -> _Batch | None:
+        """The next batch of a slide that has not failed; None at the end."""
+        while True:
+            self._fill(runs, wait=not self._batches)
+            if not self._batches:
+                return None
+            batch = self._batches.popleft()
+            self._tiles_ahead -= batch.size
+            if batch.run.outcome is None:
+                return batch
+            _cancel(batch)
+
+    def _fill(self, runs: Iterator[SlideRun], wait: bool) -> None:
+        """Have tiles read until there is no more room; `wait` for a slide's tissue, if there is nothing else to do."""
+        while True:
+            self._prepare_more(runs)
+            if self._tiles_ahead >= self._room:
+                return
+            if self._cutting is None:
+                if not self._begin_next(wait and not self._batches):
+                    return
+                continue
+            run, slices = self._cutting
+            rows = next(slices, None) if run.outcome is None else None
+            if rows is None:
+                self._cutting = None
+            else:
+                self._submit(run, rows)
+
+    def _prepare_more(self, runs: Iterator[SlideRun]) -> None:
+        settings, job = self._job.settings, self._job
+        while len(self._preparing) < _SLIDES_AHEAD and (run := next(runs, None)) is not None:
+            self._open.append(run)
+            task = PrepareTask(
+                run.slide,
+                settings.mpp,
+                settings.tile_size,
+                settings.overlap,
+                settings.min_tissue,
+                str(job.thumbnails),
+                str(job.contours),
+            )
+            self._preparing.append((run, self._decoders.submit(task)))
+
+    def _begin_next(self, wait: bool) -> bool:
+        """Begin with the next slide's tiles; False where its tissue is still looked for, or there is none."""
+        if not self._preparing or not (wait or self._preparing[0][1].done()):
+            return False
+        run, future = self._preparing.popleft()
+        prepared = self._result(run, future)
+        if prepared is not None:
+            run.begin(prepared)
+        if run.outcome is None:
+            self._cutting = (run, run.batches(self._batch_size))
+        return True
+
+    def _submit(self, run: SlideRun, rows: slice) -> None:
+        settings, batch = self._job.settings, _Batch(run, rows)
+        for start in range(rows.start, rows.stop, _CHUNK):
+            coords = run.coords[start : min(start + _CHUNK, rows.stop)]
+            task = ReadTask(
+                run.slide,
+                coords,
+                settings.mpp,
+                settings.tile_size,
+                self._encoder.size,
+                self._encoder.interpolation,
+            )
+            batch.chunks.append(self._decoders.submit(task))
+        self._batches.append(batch)
+        self._tiles_ahead += batch.size
+
+    def _gather(self, batch: _Batch) -> tuple[torch.Tensor, list[tuple[int, str]]] | None:
+        """A batch's pixels and bad tiles; None where its slide failed."""
+        buffer, place, bad = self._buffers[0], 0, []
+        self._buffers.rotate()
+        for chunk in batch.chunks:
+            tiles = self._result(batch.run, chunk)
+            if tiles is None:
+                _cancel(batch)
+                return None
+            count = len(tiles.pixels)
+            buffer[place : place + count] = torch.from_numpy(tiles.pixels)
+            bad += [(place + index, reason) for index, reason in tiles.bad]
+            place += count
+        return buffer[:place], bad
+
+    def _result(self, run: SlideRun, future: Future) -> Any:
+        """What a decoding process answers; None where that is why the slide fails."""
+        start = time.perf_counter()
+        try:
+            return future.result()
+        except OutputError:
+            raise
+        except DecoderDied as error:
+            self._job.clean_slide(run.slide)
+            run.fail(one_line(error))
+        except (SlideError, OSError) as error:
+            run.fail(one_line(error))
+        # One slide on which a library stumbles in its own way must not stop a job over thousands.
+        except Exception as error:
+            run.fail(f"{type(error).__name__}: {one_line(error)}")
+        finally:
+            self._timing.waiting += time.perf_counter() - start
+        return None
+
+    def _store(self, batch: _Batch, bad: list[tuple[int, str]], started: tuple, tell: Callable[[int], None]) -> None:
+        features, grid = self._encoder.finish(started)
+        self._timing.tiles += batch.size
+        if batch.run.outcome is None:
+            batch.run.take(batch.rows, bad, features, grid)
+        tell(batch.size)
+
+    def _ended(self) -> Iterator[Outcome]:
+        ended = [run for run in self._open if run.outcome is not None]
+        self._open = [run for run in self._open if run.outcome is None]
+        for run in ended:
+            yield run.outcome
+
+    def _abandon(self) -> None:
+        for run in self._open:
+            run.drop()
+        for batch in self._batches:
+            _cancel(batch)
+        for _, future in self._preparing:
+            future.cancel()
+
+
+def _cancel(batch: _Batch) -> None:
+    for chunk in batch.chunks:
+        chunk.cancel()

@@ -1,0 +1,153 @@
+"""Which slides a job has: files and folders in, a list of distinct names out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssmamba_models.wsi.mpp import find_mpp, slide_name
+
+# Files worth trying when a folder is searched; what a file is, its content decides.
+SLIDE_SUFFIXES = frozenset(
+    {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi", ".tif", ".tiff", ".btf"}
+    | {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+)
+
+
+@dataclass(frozen=True)
+class SlideFile:
+    """A slide of a job.
+
+    Attributes:
+        path: its file.
+        name: what its outputs are called.
+        mpp: um per level-0 pixel as the user says, or None.
+    """
+
+    path: str
+    name: str
+    mpp: float | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file now; 0 where there is none."""
+        try:
+            return os.path.getsize(self.path)
+        except OSError:
+            return 0
+
+
+def find_slides(
+    places: str | os.PathLike | Iterable[str | os.PathLike],
+    mpp_override: float | None = None,
+    mpp_table: Mapping[str, float] | None = None,
+) -> list[SlideFile]:
+    """List the slides of a job.
+
+    Args:
+        places: files, which may have any suffix, and folders, which are searched at any depth for `SLIDE_SUFFIXES`;
+            hidden files and folders are left out.
+        mpp_override: um per level-0 pixel of all slides.
+        mpp_table: what `read_mpp_csv` gave; goes before `mpp_override`.
+
+    Returns:
+        The slides, sorted by name.
+
+    Raises:
+        FileNotFoundError: a place does not exist.
+        ValueError: there is no slide, or two have one name, or a name is no text.
+    """
+    places = [places] if isinstance(places, (str, os.PathLike)) else list(places)
+    paths = {os.path.realpath(path): path for place in places for path in _files(Path(place))}
+    if not paths:
+        raise ValueError(
+            f"no slide found in {', '.join(repr(os.fspath(place)) for place in places) or 'nothing'}; looked for "
+            f"{', '.join(sorted(SLIDE_SUFFIXES))}; name a file of another suffix itself"
+        )
+    slides = [_slide(path, mpp_override, mpp_table or {}) for path in paths.values()]
+    _check_distinct(slides)
+    return sorted(slides, key=lambda slide: slide.name)
+
+
+def _files(place: Path) -> Iterator[Path]:
+    if not place.exists():
+        raise FileNotFoundError(f"the slide or folder {str(place)!r} does not exist; check its spelling")
+    if not place.is_dir():
+        yield place
+        return
+    for folder, folders, files in os.walk(place, followlinks=False):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SLIDE_SUFFIXES:
+                yield Path(folder, name)
+
+
+def _slide(path: Path, mpp_override: float | None, mpp_table: Mapping[str, float]) -> SlideFile:
+    name = slide_name(path)
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the name of the slide {os.fsencode(path)!r} is not valid UTF-8; rename it") from error
+    mpp = find_mpp(mpp_table, path)
+    return SlideFile(os.path.abspath(path), name, mpp_override if mpp is None else mpp)
+
+
+def _check_distinct(slides: Iterable[SlideFile]) -> None:
+    first: dict[str, SlideFile] = {}
+    for slide in slides:
+        other = first.setdefault(slide.name, slide)
+        if other is not slide:
+            raise ValueError(
+                f"two slides are called {slide.name!r}: {other.path!r} and {slide.path!r}; their features would be one "
+                "file: rename one, or extract them into two jobs (--out)"
+            )
+
+
+def shard_order(slides: Sequence[SlideFile], shard: tuple[int, int] | None) -> list[SlideFile]:
+    """The order in which one of several shards goes through the slides: its own share first, then the others'.
+
+    Args:
+        slides: of the whole job.
+        shard: (i, n), the i-th of n, from 1; None is the only one.
+
+    Returns:
+        All slides. What another shard did, or is doing, is left out when its turn comes.
+    """
+    if shard is None:
+        return list(slides)
+    index, count = shard
+    return [slide for offset in range(count) for slide in slides[(index - 1 + offset) % count :: count]]
+
+
+def parse_shard(text: str | None, environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
+    """Read "i/n", or where it is not given a SLURM array's own numbers.
+
+    Args:
+        text: "2/4" is the second of four.
+        environment: where SLURM_ARRAY_TASK_ID, _COUNT, _MIN and _STEP are looked up.
+
+    Returns:
+        (i, n), or None outside an array.
+
+    Raises:
+        ValueError: it is not i/n with 1 <= i <= n.
+    """
+    if text is None:
+        return _slurm_shard(environment)
+    index, slash, count = text.partition("/")
+    if not (slash and index.strip().isdecimal() and count.strip().isdecimal()):
+        raise ValueError(f"--shard {text!r} is not i/n, such as 2/4 for the second of four")
+    if not 1 <= int(index) <= int(count):
+        raise ValueError(f"--shard {text!r}: the shards of {count} are 1/{count} to {count}/{count}")
+    return int(index), int(count)
+
+
+def _slurm_shard(environment: Mapping[str, str]) -> tuple[int, int] | None:
+    names = {"ID": None, "COUNT": None, "MIN": "0", "STEP": "1"}
+    values = [environment.get(f"SLURM_ARRAY_TASK_{name}", default) for name, default in names.items()]
+    if None in values:
+        return None
+    task, count, least, step = map(int, values)
+    return (task - least) // max(step, 1) % count + 1, count
