@@ -129,7 +129,7 @@ def load_encoder(
     """
     if pretrained and checkpoint is not None:
         raise ValueError("--pretrained and --checkpoint exclude each other: the weights come from one of them")
-    _check_name(model)
+    check_model_name(model)
     place = resolve_device(device)
     source = None if checkpoint is None else find_weights(checkpoint)
     state, metadata = ({}, {}) if source is None else read_weights(source)
@@ -151,7 +151,7 @@ def load_encoder(
     return Encoder(
         model=network,
         name=model,
-        embed_dim=_measure_embed_dim(network, model, data_config["input_size"], place),
+        embed_dim=measure_embed_dim(network, model, data_config["input_size"], place),
         transform=create_transform(**data_config, is_training=False),
         data_config=data_config,
         device=place,
@@ -160,8 +160,12 @@ def load_encoder(
     )
 
 
-def _check_name(model: str) -> None:
-    # "hf-hub:owner/name" and "local-dir:path" are timm's own schemes: it resolves and checks them.
+def check_model_name(model: str) -> None:
+    """Find a timm name, or say what is like it; names with a source ("hf-hub:...") pass, timm resolves them.
+
+    Raises:
+        ValueError: no model of that name, or no weights of its tag.
+    """
     if ":" in model:
         return
     if is_model(model.split(".")[0]):
@@ -222,8 +226,20 @@ def _create(model: str, pretrained: bool, img_size: int | None, seed: int, args:
             ) from error
 
 
-def _measure_embed_dim(network: nn.Module, name: str, input_size: tuple[int, ...], device: torch.device) -> int:
-    # One blank image tells the true width, and finds an impossible input size before the long run does.
+def measure_embed_dim(network: nn.Module, name: str, input_size: tuple[int, ...], device: torch.device) -> int:
+    """Embed one blank image: it tells the true width, and finds an impossible size before a long run does.
+
+    Args:
+        network: in eval mode, on `device`.
+        name: what the messages call it.
+        input_size: (channels, height, width).
+
+    Returns:
+        The width of its output.
+
+    Raises:
+        ValueError: it cannot take images of that size, or does not return one vector per image.
+    """
     try:
         with torch.inference_mode():
             features = network(torch.zeros(1, *input_size, device=device))

@@ -9,7 +9,7 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from ssmamba_models.engine.encoder import _check_name
+from ssmamba_models.engine.encoder import check_model_name
 from ssmamba_models.engine.train_config import TrainConfig
 from ssmamba_models.engine.weights import first_line, load_weights
 
@@ -29,7 +29,7 @@ def create_network(config: TrainConfig, num_classes: int = 0) -> nn.Module:
         FileNotFoundError: `init` names no file.
         OSError: the published weights cannot be fetched.
     """
-    _check_name(config.model)
+    check_model_name(config.model)
     published = get_pretrained_cfg(config.model) if ":" not in config.model else None
     if config.init == "pretrained" and published is not None and not published.has_weights:
         raise ValueError(f"{config.model} has no published weights; use --init none, or --init FILE")
