@@ -21,13 +21,24 @@ def two_way_info_nce(first: Tensor, second: Tensor, temperature: float) -> Tenso
     Returns:
         A scalar: the mean over this process's rows.
 
+    Raises:
+        ValueError: there is but one row in all, and so nothing to choose from.
+
     Source: InfoNCE, arXiv:1807.03748, eq. 4.
     """
+    rows = len(first) * (dist.get_world_size() if _distributed() else 1)
+    if rows < 2:
+        raise ValueError(
+            f"a contrastive loss over {rows} tile has nothing to choose from; use a larger --batch-size or fewer parts "
+            "(--accumulate), or another loss (MAMIM: --set method_args.alignment=cosine)"
+        )
     first, second = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
     place = len(first) * (dist.get_rank() if _distributed() else 0)
     partner = torch.arange(place, place + len(first), device=first.device)
-    forth = F.cross_entropy(first @ _of_all(second).T / temperature, partner)
-    back = F.cross_entropy(second @ _of_all(first).T / temperature, partner)
+    # Products in bfloat16 would leave two digits of a cosine, which the temperature then magnifies.
+    with torch.autocast(first.device.type, enabled=False):
+        forth = F.cross_entropy(first @ _of_all(second).T / temperature, partner)
+        back = F.cross_entropy(second @ _of_all(first).T / temperature, partner)
     return (forth + back) / 2
 
 

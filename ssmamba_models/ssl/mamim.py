@@ -122,10 +122,11 @@ class MAMIM(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+        # Written so that NaN, which YAML has too, fails them.
         for name, value in (("cross_weight", cross_weight), ("color_weight", color_weight)):
-            if value < 0:
+            if not value >= 0:
                 raise ValueError(f"{name} is {value}, expected 0 or more")
-        if temperature <= 0:
+        if not temperature > 0:
             raise ValueError(f"temperature is {temperature}, expected more than 0")
         if decoder_dim < 2 or decoder_depth < 0:
             raise ValueError(
@@ -301,9 +302,13 @@ def feature_spread(maps: Tensor) -> dict[str, Tensor]:
 
     Returns:
         feature_cosine: mean cosine between the pooled features of different images. feature_rank: effective rank of the
-        centred pooled features, exp of the entropy of the normalised singular values.
+        centred pooled features, exp of the entropy of the normalised singular values. Both are NaN where a feature is
+        not finite.
     """
     pooled = maps.float().mean((1, 2))
+    if not pooled.isfinite().all():
+        # The decomposition would raise an error of its own, and hide that the training diverged.
+        return dict.fromkeys(("feature_cosine", "feature_rank"), pooled.new_tensor(torch.nan))
     count = len(pooled)
     unit = F.normalize(pooled, dim=-1)
     cosine = (unit.sum(0).square().sum() - count) / max(count * (count - 1), 1)

@@ -58,7 +58,7 @@ class MamimViews:
     ) -> None:
         _check_range("area", area, 0.0, 1.0)
         _check_range("zoom", zoom, 1.0, math.inf)
-        if max_upsampling < 1:
+        if not max_upsampling >= 1:
             raise ValueError(f"max_upsampling is {max_upsampling}, expected 1 (never enlarge) or more")
         if cell_size < 1 or img_size < cell_size or img_size % cell_size:
             raise ValueError(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ssmamba_models.data.synthetic import synthetic_he
+from ssmamba_models.ssl.info_nce import two_way_info_nce
 from ssmamba_models.ssl.mamim import MAMIM, feature_spread, patch_color
 from ssmamba_models.ssl.mamim_views import MamimViews
 
@@ -219,6 +220,19 @@ def test_feature_spread_tells_collapse_from_variety():
     assert apart["feature_rank"].item() == pytest.approx(7, abs=0.01)  # centring takes one
 
 
+def test_features_that_are_not_finite_have_no_spread():
+    maps = torch.randn(4, 2, 2, 8)
+    maps[0, 0, 0, 0] = torch.inf
+    assert all(value.isnan() for value in feature_spread(maps).values())
+
+
+def test_the_contrast_is_computed_in_float32_under_autocast():
+    first, second = torch.randn(2, 16, 48).unbind()
+    expected = two_way_info_nce(first, second, 0.2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(two_way_info_nce(first, second, 0.2), expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -228,6 +242,9 @@ def test_feature_spread_tells_collapse_from_variety():
         ({"cross_weight": -1.0}, "cross_weight"),
         ({"color_weight": -1.0}, "color_weight"),
         ({"temperature": 0.0}, "temperature"),
+        ({"cross_weight": math.nan}, "cross_weight is nan"),
+        ({"color_weight": math.nan}, "color_weight is nan"),
+        ({"temperature": math.nan}, "temperature is nan"),
         ({"alignment": "none"}, "contrast, cosine"),
         ({"decoder_depth": -1}, "decoder_depth"),
     ],

@@ -109,6 +109,7 @@ def test_tissue_keeps_its_shape_on_oblong_tiles():
         ({"area": (0.0, 1.0)}, "area"),
         ({"zoom": (0.5, 2.0)}, "zoom"),
         ({"max_upsampling": 0.5}, "max_upsampling"),
+        ({"max_upsampling": math.nan}, "max_upsampling"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
