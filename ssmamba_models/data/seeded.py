@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,8 @@ def epoch_order(count: int, seed: int, epoch: int, weights: torch.Tensor | None 
 
 class GlobalBatches(Sampler):
     """The batches that one process reads, from any step to the end of the training: (epoch, tile) pairs.
+
+    A tile that is drawn again in the same epoch has a third number, how often it was drawn before: its views differ.
 
     Every step has one global batch, the same however many processes there are. It is cut into
     `processes * accumulate` equal parts; this sampler yields this process's `accumulate` parts of each step, one after
@@ -88,17 +91,27 @@ class GlobalBatches(Sampler):
     def __len__(self) -> int:
         return (self.steps - self.start) * self.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         part = self.batch_size // (self.processes * self.accumulate)
         step = self.start
         while step < self.steps:
             epoch = step // self.steps_per_epoch
-            order = epoch_order(self.count, self.seed, epoch, self.weights).tolist()
+            order = _numbered(epoch_order(self.count, self.seed, epoch, self.weights).tolist())
             for place in range(step % self.steps_per_epoch, self.steps_per_epoch):
                 for micro in range(self.accumulate):
                     first = place * self.batch_size + (micro * self.processes + self.process) * part
-                    yield [(epoch, index) for index in order[first : first + part]]
+                    yield [(epoch, *drawn) for drawn in order[first : first + part]]
             step = (epoch + 1) * self.steps_per_epoch
+
+
+def _numbered(order: list[int]) -> list[tuple[int, ...]]:
+    """(tile,) where a tile is drawn for the first time, else (tile, how often before)."""
+    seen: Counter[int] = Counter()
+    drawn = []
+    for index in order:
+        drawn.append((index, seen[index]) if seen[index] else (index,))
+        seen[index] += 1
+    return drawn
 
 
 @dataclass(frozen=True)
@@ -134,7 +147,7 @@ class SeededBatch:
 
 
 class SeededTiles(Dataset):
-    """Tiles under random views that are a function of (seed, epoch, tile) alone.
+    """Tiles under random views that are a function of the seed and the key of `GlobalBatches` alone.
 
     An unreadable tile is replaced by the next readable one, so that every batch has its full size.
 
@@ -151,13 +164,13 @@ class SeededTiles(Dataset):
     def __len__(self) -> int:
         return len(self.tiles)
 
-    def __getitem__(self, key: tuple[int, int]) -> SeededTile:
-        epoch, asked = key
+    def __getitem__(self, key: tuple[int, ...]) -> SeededTile:
+        epoch, asked, *again = key
         unreadable = []
         for index in itertools.chain(range(asked, len(self)), range(asked)):
             try:
                 image = read_tile(self.tiles.root / self.tiles.paths[index])
-                views = self._views(image, epoch, index)
+                views = self._views(image, index, mixed_seed(self.seed, epoch, index, *again))
             # MemoryError, OverflowError: what resizing raises for a shape that no memory holds.
             except (OSError, ValueError, MemoryError, OverflowError) as error:
                 unreadable.append((index, " ".join(str(error).split()) or type(error).__name__))
@@ -166,8 +179,8 @@ class SeededTiles(Dataset):
         # Not raised here: what leaves a worker process as an exception arrives wrapped in a traceback.
         return SeededTile(None, asked, tuple(unreadable))
 
-    def _views(self, image: Any, epoch: int, index: int) -> Any:
-        views = self.transform(image, torch.Generator().manual_seed(mixed_seed(self.seed, epoch, index)))
+    def _views(self, image: Any, index: int, seed: int) -> Any:
+        views = self.transform(image, torch.Generator().manual_seed(seed))
         return views if self.labels is None else {"image": views, "label": self.labels[index]}
 
 

@@ -50,6 +50,17 @@ def test_weights_draw_with_replacement():
     assert (torch.bincount(drawn, minlength=3) / 1200).tolist() == pytest.approx([0, 0.25, 0.75], abs=0.05)
 
 
+def test_a_tile_drawn_again_looks_different(labelled_tiles):
+    tiles = find_tiles(labelled_tiles)
+    weights = torch.tensor([1.0] + [0.0] * (len(tiles) - 1))
+    (batch,) = GlobalBatches(len(tiles), len(tiles), 1, 0, weights=weights)
+    assert batch == [(0, 0), *((0, 0, again) for again in range(1, len(tiles)))]
+    data = SeededTiles(tiles, views, 0)
+    drawn = [tuple(data[key].views["mean"].tolist()) for key in batch]
+    assert len(set(drawn)) == len(tiles)
+    assert [tuple(data[key].views["mean"].tolist()) for key in batch] == drawn
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
