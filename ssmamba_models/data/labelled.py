@@ -109,7 +109,8 @@ def read_tiles(folder: str | os.PathLike) -> LabelledTiles:
 
     Raises:
         ValueError: a manifest that is not UTF-8 or not CSV, lacks the column `path` or rows, has an empty entry, a
-            path twice or one outside the folder, or a group in two splits; or no tile in the folder.
+            path twice or one outside the folder, or a group in two splits; other tiles beside folders of splits; or no
+            tile in the folder.
         FileNotFoundError: the folder, or a file that the manifest lists, does not exist.
         NotADirectoryError, OSError: as `find_tiles`.
     """
@@ -124,10 +125,23 @@ def _read_folders(root: Path) -> LabelledTiles:
     found = find_tiles(root)
     parts = [path.split("/") for path in found.paths]
     tops = {_split_name(names[0]) if len(names) > 1 else "" for names in parts}
+    if "train" in tops and len(tops & _SPLIT_FOLDERS) > 1:
+        _check_splits_alone(root, found.paths)
     if "train" not in tops or not tops <= _SPLIT_FOLDERS:
         return LabelledTiles(found.root, found.paths, found.labels)
     labels = tuple(names[1] for names in parts) if all(len(names) > 2 for names in parts) else None
     return LabelledTiles(found.root, found.paths, labels, splits=tuple(_split_name(names[0]) for names in parts))
+
+
+def _check_splits_alone(root: Path, paths: Sequence[str]) -> None:
+    # Read as classes, the splits would be what a classifier learns to tell apart.
+    strays = sorted({path.split("/")[0] for path in paths if _split_name(path.split("/")[0]) not in _SPLIT_FOLDERS})
+    if strays:
+        raise ValueError(
+            f"{str(root)!r} holds folders of splits and, beside them, {strays[0]!r}"
+            + (f" and {len(strays) - 1} more" if len(strays) > 1 else "")
+            + f", which is none; move it away, hide it (.{strays[0]}), or list the tiles in a {MANIFEST}"
+        )
 
 
 def _split_name(name: str) -> str:

@@ -62,6 +62,14 @@ class TestFolders:
         touch(tmp_path, "train/a.png", "plane/b.png")
         assert read_tiles(tmp_path).classes == ("plane", "train")
 
+    @pytest.mark.parametrize("stray", ["thumbnails/a.png", "overview.png"])
+    def test_tiles_beside_splits_do_not_turn_the_splits_into_classes(self, tmp_path, stray):
+        touch(tmp_path, "train/x/a.png", "val/x/b.png", stray)
+        with pytest.raises(ValueError, match=rf"folders of splits and, beside them, '{stray.split('/')[0]}'.*manifest"):
+            read_tiles(tmp_path)
+        (tmp_path / stray.split("/")[0]).rename(tmp_path / f".{stray.split('/')[0]}")
+        assert read_tiles(tmp_path).splits == ("train", "val")
+
     def test_missing_folder(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="does not exist"):
             read_tiles(tmp_path / "nowhere")
