@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+
+_UNFINISHED = re.compile(r"\..*\.[0-9a-f]{8}\.part(\..*)?")
 
 
 def check_output(path: str | os.PathLike, overwrite: bool = False) -> Path:
@@ -97,3 +100,22 @@ def whole_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)
+
+
+def is_unfinished(path: str | os.PathLike) -> bool:
+    """Whether a file's name is one of those that `whole_file` writes to: what a killed process leaves behind."""
+    return _UNFINISHED.fullmatch(Path(path).name) is not None
+
+
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Remove what killed processes left half-written in a folder, if it exists; nobody may be writing there now."""
+    for path in Path(folder).glob(".*"):
+        if is_unfinished(path):
+            path.unlink(missing_ok=True)
+
+
+def set_usual_mode(path: str | os.PathLike) -> None:
+    """Let those read a file who may read others of this user: safetensors makes files for its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)

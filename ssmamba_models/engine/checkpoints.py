@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ssmamba_models.data.output import whole_file
+from ssmamba_models.data.output import remove_unfinished, set_usual_mode, whole_file
 
 
 class Checkpoints:
@@ -86,8 +86,7 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Remove what a killed process left half-written."""
-        for part in self.folder.glob(".step-*.part.pt"):
-            part.unlink(missing_ok=True)
+        remove_unfinished(self.folder)
 
 
 def _check_sums(path: Path) -> None:
@@ -110,6 +109,7 @@ def save_weights(path: str | os.PathLike, state: Mapping[str, torch.Tensor], met
     }
     with explained_writing(Path(path), _size(tensors)), whole_file(path, overwrite=True) as part:
         save_file(tensors, part, metadata=dict(metadata))
+        set_usual_mode(part)
     sync_folder(Path(path).parent)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ssmamba_models.data.labelled import LabelledTiles, group_fraction, group_sp
 from ssmamba_models.data.seeded import SeededTiles
 from ssmamba_models.data.tiles import TileDataset
 from ssmamba_models.engine.classifier import Classifier, inverse_frequencies
-from ssmamba_models.engine.encoder import _measure_embed_dim
+from ssmamba_models.engine.encoder import measure_embed_dim
 from ssmamba_models.engine.finetune_config import FinetuneConfig
 from ssmamba_models.engine.finetune_report import describe_tiles, write_metrics, write_predictions
 from ssmamba_models.engine.loop import Task, Trainer, TrainResult, global_batches
@@ -150,7 +151,7 @@ def _check_size(network: nn.Module, config: FinetuneConfig) -> None:
     """Find out now, not in the first step, that a network cannot take its images or gives no logits."""
     network.eval()
     size = (3, config.img_size, config.img_size)
-    _measure_embed_dim(network, config.model, size, torch.device("cpu"))
+    measure_embed_dim(network, config.model, size, torch.device("cpu"))
     network.train()
 
 
@@ -239,6 +240,8 @@ class _Judge:
         if epoch % self.config.validate_every and epoch != self.config.epochs:
             return {}
         predictions = self.validation.predict(classifier.network)
+        if not math.isfinite(predictions.loss):
+            raise FloatingPointError(f"validation loss {predictions.loss}")
         metrics = classification_metrics(predictions.targets, predictions.probabilities, self.classes)
         found = {"epoch": epoch, "loss": predictions.loss, **metrics}
         if not self.best or _rank(found) > _rank(self.best):

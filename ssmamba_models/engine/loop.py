@@ -37,7 +37,7 @@ class Task:
         export: module -> (state dict, metadata) of RUN/weights.safetensors.
         groups: groups of parameters; None makes them by weight decay.
         epoch_end: called on every process with (epoch counted from 1, module to look at, in eval mode, log); returns
-            what to log.
+            what to log. FloatingPointError: what it looked at is not finite.
         weights: (N,) chances of each tile to be drawn, with replacement; None visits each tile once an epoch.
         memory: what else a checkpoint holds, by its `state_dict` and `load_state_dict`.
     """
@@ -199,15 +199,17 @@ class Trainer:
         return {**dict(zip(sums, means.tolist())), "lr": lr}
 
     def _check_finite(self, values: Mapping[str, float]) -> None:
-        if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
-            return
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            raise self._diverged(f"loss {values['loss']}, gradient norm {values['grad_norm']}", values["lr"])
+
+    def _diverged(self, what: str, lr: float) -> ValueError:
         good = "there is no checkpoint yet"
         if self.newest:
             good = f"the last good checkpoint is {self.newest}, and --init {self.run} starts from its weights"
-        raise ValueError(
-            f"the training diverged at step {self.state.step}: loss {values['loss']}, gradient norm "
-            f"{values['grad_norm']}, learning rate {values['lr']:.3g}; {good}. Cures, in a new --out: a lower --lr, a "
-            "longer warm-up (--warmup-epochs), a smaller clip_grad (--set clip_grad=0.3), --precision fp32"
+        return ValueError(
+            f"the training diverged at step {self.state.step}: {what}, learning rate {lr:.3g}; {good}. Cures, in a new "
+            "--out: a lower --lr, a longer warm-up (--warmup-epochs), a smaller clip_grad (--set clip_grad=0.3), "
+            "--precision fp32"
         )
 
     def _lr(self) -> float:
@@ -235,8 +237,11 @@ class Trainer:
         if self.task.epoch_end is not None:
             looked_at = self.module if self.ema is None else self.ema.module
             looked_at.eval()
-            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                record.update(self.task.epoch_end(self.epoch, looked_at, self.log))
+            try:
+                with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                    record.update(self.task.epoch_end(self.epoch, looked_at, self.log))
+            except FloatingPointError as error:
+                raise self._diverged(str(error), self._lr()) from error
             self.module.train()
         self.last = record
         self.log.write(record, "epoch")
@@ -329,22 +334,42 @@ class Trainer:
 
     def _resume(self) -> None:
         state = self.checkpoints.load(self._tell)
-        if state is None:
-            return
+        steps = self._gather(0 if state is None else state["step"])
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"the processes find different checkpoints in {str(self.run)!r} (of steps "
+                f"{', '.join(map(str, steps))}); put --out in a folder that all machines share"
+            )
+        if state is not None:
+            self._check_data(state)
+            self._restore(state)
+
+    def _check_data(self, state: Mapping[str, Any]) -> None:
         if state["data"] != self.task.data.tiles.sha256():
             raise ValueError(
                 f"{self.config.data!r} does not hold the tiles that {str(self.run)!r} was begun with (their paths, "
                 "labels, groups or splits differ); restore them, or begin another run with another --out"
             )
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-        if self.task.memory is not None:
-            self.task.memory.load_state_dict(state["memory"])
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        newest = self.checkpoints.folder / f"step-{state['step']:08d}.pt"
+        try:
+            self.module.load_state_dict(state["module"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["ema"])
+            if self.task.memory is not None:
+                self.task.memory.load_state_dict(state["memory"])
+        # The settings are the same, as was checked: what differs is the code.
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"the checkpoint {str(newest)!r} was written by another version of this package or of timm "
+                f"({' '.join(str(error).split())[:200]}); go on with that version, or begin another run with another "
+                "--out"
+            ) from error
         self.state = Progress(state["step"], state["seconds"], state["sums"], state["unreadable"])
-        self.newest = self.checkpoints.folder / f"step-{self.state.step:08d}.pt"
+        self.newest = newest
         process = self.accelerator.process_index
         # With another number of processes the new ones keep the state that they were seeded with.
         if process < len(state["rng"]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ssmamba_models.data.output import is_unfinished, remove_unfinished
 from ssmamba_models.engine.checkpoints import Checkpoints
 from ssmamba_models.engine.config import config_values, load_config, save_config
 from ssmamba_models.engine.train_config import TrainConfig
@@ -35,6 +36,8 @@ def open_run(folder: str | os.PathLike, config: TrainConfig, resume: bool) -> Pa
     if saved.exists():
         _check_same(load_config(type(config), saved), config, run)
     run.mkdir(exist_ok=True)
+    for folder in (run, run / "reconstructions"):
+        remove_unfinished(folder)
     save_config(config, saved)
     Checkpoints(run / "checkpoints").clean()
     return run
@@ -47,7 +50,7 @@ def _check_place(run: Path, resume: bool) -> None:
         )
     if run.exists() and not run.is_dir():
         raise NotADirectoryError(f"the run's folder {str(run)!r} is a file; choose another --out")
-    if not run.exists() or not any(run.iterdir()):
+    if not run.exists() or all(map(is_unfinished, run.iterdir())):
         return
     if not (run / "config.yaml").exists():
         raise FileExistsError(f"{str(run)!r} holds other files than a run's (no config.yaml); choose another --out")

@@ -26,7 +26,8 @@ class TrainConfig:
         img_size: side of the input in pixels.
         epochs: passes over the data.
         batch_size: tiles per step, over all processes.
-        accumulate: parts that each process cuts its share of a batch into, to need less memory.
+        accumulate: parts that each process cuts its share of a batch into, to need less memory. What compares the
+            tiles of a batch (a contrastive loss, mixup) sees those of a part.
         lr: peak learning rate; None takes base_lr * batch_size / 256.
         min_lr: where the cosine ends.
         warmup_epochs: of linear rise; None takes a tenth of the epochs.
@@ -98,8 +99,8 @@ class TrainConfig:
     }
     # What a resumed run may change: nothing that its numbers depend on. `data` may move; its tiles are compared.
     HARMLESS: ClassVar[frozenset[str]] = frozenset(
-        {"data", "workers", "device", "accumulate", "log_every", "checkpoint_minutes", "checkpoint_steps"}
-        | {"checkpoint_epochs", "keep_checkpoints"}
+        {"data", "workers", "device", "log_every", "checkpoint_minutes", "checkpoint_steps", "checkpoint_epochs"}
+        | {"keep_checkpoints"}
     )
 
     def __post_init__(self) -> None:

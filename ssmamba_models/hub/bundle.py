@@ -16,6 +16,7 @@ from timm.models import get_pretrained_cfg, is_model, save_for_hf
 from torch import nn
 
 from ssmamba_models._version import __version__
+from ssmamba_models.data.output import set_usual_mode
 from ssmamba_models.engine.weight_facts import weight_facts
 from ssmamba_models.engine.weights import classifier_width, find_weights, fit_weights, read_weights
 from ssmamba_models.hub.card import CardFacts, CardInfo, make_card
@@ -109,16 +110,10 @@ def write_bundle(folder: Path, trained: Trained, repo_id: str, info: CardInfo, b
     tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, {**trained.metadata, "format": "pt", "model": trained.model})
     sha256 = file_sha256(folder / WEIGHTS)
-    os.chmod(folder / WEIGHTS, 0o666 & ~_umask())  # safetensors makes files for one person; this one is to be shared
+    set_usual_mode(folder / WEIGHTS)
     _add_domain(folder / CONFIG, _domain(trained, info, sha256))
     (folder / CARD).write_text(make_card(_facts(trained, repo_id, bf16, sha256), info), encoding="utf-8")
     return sha256
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _tell_cfg(network: nn.Module, trained: Trained, info: CardInfo) -> None:

@@ -99,3 +99,5 @@ def test_weights(tmp_path):
     assert read["weight"].dtype == torch.float32
     assert torch.equal(read["weight"], weight.bfloat16().float())
     assert read["count"] == 3
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode

@@ -270,7 +270,7 @@ class TestBalance:
         weights = finetune_module._sampling_weights(train)
         batches = list(GlobalBatches(len(train), 13, 80, seed=0, weights=weights))
         assert batches == list(GlobalBatches(len(train), 13, 80, seed=0, weights=weights))
-        drawn = [train.labels[index] for batch in batches for _, index in batch]
+        drawn = [train.labels[index] for batch in batches for _, index, *_ in batch]
         for kind in KINDS:
             assert drawn.count(kind) / len(drawn) == pytest.approx(1 / 3, abs=0.04)
 
@@ -394,6 +394,13 @@ class TestUnreadable:
             (own_tiles / path).write_text("no image")
         with pytest.raises(ValueError, match=r"none of the 12 validation tiles is readable \(first: glands/glands_006"):
             run_of(own_tiles, tmp_path / "run", epochs=1)
+
+
+def test_weights_too_large_to_validate_are_a_divergence(tiles, tmp_path):
+    """The last step's loss is finite; what it made of the weights shows in the validation alone."""
+    settings = {"lr": 10, "warmup_epochs": 0, "clip_grad": None, "weight_decay": 0}
+    with pytest.raises(ValueError, match=r"diverged at step 1: validation loss nan, .* no checkpoint yet.*lower --lr"):
+        run_of(tiles, tmp_path / "run", batch_size=36, **settings)
 
 
 class TestBadInput:

@@ -288,6 +288,38 @@ class TestResume:
         with pytest.raises(ValueError, match=r"lr: 0.001, now 0.5; weight_decay: 0.05, now 0.1\)"):
             run_of(labelled_tiles, unbroken[0], resume=True, lr=0.5, weight_decay=0.1, workers=1)
 
+    def test_parts_are_no_matter_of_taste(self, unbroken, labelled_tiles):
+        """They decide which tiles the contrastive alignment compares."""
+        with pytest.raises(ValueError, match="accumulate: 1, now 2"):
+            run_of(labelled_tiles, unbroken[0], resume=True, accumulate=2)
+
+    def test_a_checkpoint_of_other_code_is_named(self, unbroken, labelled_tiles, tmp_path):
+        shutil.copytree(unbroken[0], tmp_path / "run")
+        newest = tmp_path / "run" / "checkpoints" / "step-00000006.pt"
+        state = torch.load(newest, weights_only=True)
+        del state["module"]["mask_token"]
+        torch.save(state, newest)
+        with pytest.raises(ValueError, match=r"step-00000006\.pt' was written by another version .*mask_token"):
+            run_of(labelled_tiles, tmp_path / "run", resume=True)
+
+    def test_machines_without_a_common_folder_are_noticed(self, unbroken, labelled_tiles, tmp_path, monkeypatch):
+        shutil.copytree(unbroken[0], tmp_path / "run")
+        monkeypatch.setattr(pretrain_module.Trainer, "_gather", lambda trainer, step: [step, 0])
+        with pytest.raises(ValueError, match=r"different checkpoints in .*\(of steps 6, 0\).*all machines share"):
+            run_of(labelled_tiles, tmp_path / "run", resume=True)
+
+    def test_leftovers_of_a_killed_process_stop_nothing(self, labelled_tiles, tmp_path):
+        """Killed while the first file was written, and later while the weights were."""
+        run = tmp_path / "run"
+        run.mkdir()
+        (run / ".config.0badcafe.part.yaml").touch()
+        run_of(labelled_tiles, run, epochs=1, reconstruct_every=1)
+        left = [run / ".weights.0badcafe.part.safetensors", run / "reconstructions" / ".epoch-0001.0badcafe.part.png"]
+        for path in left:
+            path.write_bytes(b"half")
+        run_of(labelled_tiles, run, epochs=1, reconstruct_every=1, resume=True)
+        assert not list(run.rglob(".*"))
+
     def test_other_tiles_are_noticed(self, unbroken, labelled_tiles, tmp_path):
         shutil.copytree(labelled_tiles, tmp_path / "tiles")
         (tmp_path / "tiles" / "solid" / "solid_000.png").rename(tmp_path / "tiles" / "solid" / "other.png")
@@ -370,6 +402,16 @@ def test_a_diverging_run_stops_and_keeps_its_last_good_state(monkeypatch, labell
     state = torch.load(tmp_path / "run" / "checkpoints" / "step-00000003.pt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in state["module"].values())
     assert all(torch.isfinite(value).all() for value in weights_of(tmp_path / "run").values())
+
+
+def test_mamim_with_a_rate_that_is_too_high_diverges_clearly(labelled_tiles, tmp_path):
+    with pytest.raises(ValueError, match=r"diverged at step \d+: loss nan, .*lower --lr"):
+        run_of(labelled_tiles, tmp_path / "run", lr=10, warmup_epochs=0, clip_grad=None, epochs=6)
+
+
+def test_a_contrast_needs_two_tiles(labelled_tiles, tmp_path):
+    with pytest.raises(ValueError, match=r"over 1 tile has nothing to choose from.*--batch-size.*alignment=cosine"):
+        run_of(labelled_tiles, tmp_path / "run", accumulate=4)
 
 
 def test_no_room_for_a_checkpoint(monkeypatch, unbroken, labelled_tiles, tmp_path):
