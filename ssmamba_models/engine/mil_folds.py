@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,14 +79,25 @@ def _check_patients(bags: Bags, places: np.ndarray, least: int, otherwise: str) 
 
 
 def _divide(bags: Bags, places: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
-    """The places in so many parts, by patient and stratified by class."""
+    """The places in so many parts, by patient; patients are stratified by class, for they are what is drawn."""
     try:
-        from sklearn.model_selection import StratifiedGroupKFold
+        from sklearn.model_selection import StratifiedKFold
     except ImportError as error:
         raise ImportError(f'folds need scikit-learn ({error}); pip install "ssmamba-models[mil]"') from error
-    targets, patients = bags.targets[places], np.array(bags.patients)[places]
-    splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=seed % 2**32)
+    class_of = _patient_classes(bags, places)
+    names = sorted(class_of)
+    splitter = StratifiedKFold(parts, shuffle=True, random_state=seed % 2**32)
     with warnings.catch_warnings():
-        # It counts slides, we counted patients.
+        # A patient with slides of several classes counts for one of them here.
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
-        return [places[test] for _, test in splitter.split(places, targets, patients)]
+        drawn = [{names[k] for k in part} for _, part in splitter.split(names, [class_of[name] for name in names])]
+    return [np.array([place for place in places if bags.bags[place].patient in part], dtype=int) for part in drawn]
+
+
+def _patient_classes(bags: Bags, places: np.ndarray) -> dict[str, str]:
+    """Each patient's class; of those with slides of several, the one that fewest patients have."""
+    classes_of = defaultdict(set)
+    for place in places:
+        classes_of[bags.bags[place].patient].add(bags.bags[place].label)
+    frequency = Counter(label for labels in classes_of.values() for label in labels)
+    return {patient: min(labels, key=lambda label: (frequency[label], label)) for patient, labels in classes_of.items()}

@@ -17,6 +17,7 @@ from ssmamba_models.engine.checkpoints import plain_state, save_weights
 from ssmamba_models.slide.aggregators import create_aggregator
 
 WEIGHTS = "weights.safetensors"
+_FACTS = "ssmamba_mil"
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ def save_mil_model(
     Raises:
         OSError: it cannot be written.
     """
-    metadata = {"aggregator": aggregator, "arguments": dict(arguments), "classes": classes, "provenance": provenance}
-    save_weights(path, plain_state(model), {name: json.dumps(value) for name, value in metadata.items()})
+    facts = {"aggregator": aggregator, "arguments": dict(arguments), "classes": classes, "provenance": provenance}
+    # One entry: safetensors writes several in any order, and the same training should give the same bytes.
+    save_weights(path, plain_state(model), {_FACTS: json.dumps(facts)})
 
 
 def load_mil_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> MilModel:
@@ -73,8 +75,7 @@ def load_mil_model(path: str | os.PathLike, device: torch.device | str = "cpu") 
     file = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{str(file)!r} does not exist; `ssmamba mil train` writes it when all folds are done")
-    metadata, state = _read(file)
-    facts = {name: json.loads(metadata[name]) for name in ("aggregator", "arguments", "classes", "provenance")}
+    facts, state = _read(file)
     width, classes = facts["provenance"]["feature_dim"], tuple(facts["classes"])
     model = create_aggregator(facts["aggregator"], width, len(classes), **facts["arguments"])
     try:
@@ -85,7 +86,7 @@ def load_mil_model(path: str | os.PathLike, device: torch.device | str = "cpu") 
     return MilModel(model.to(device).eval(), facts["aggregator"], classes, facts["provenance"])
 
 
-def _read(file: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -94,6 +95,6 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         if type(error).__name__ != "SafetensorError" and not isinstance(error, OSError):
             raise
         raise ValueError(f"{str(file)!r} is damaged, or no safetensors file ({error}); train again") from error
-    if "aggregator" not in metadata:
+    if _FACTS not in metadata:
         raise ValueError(f"{str(file)!r} holds no trained aggregator; give a run folder of `ssmamba mil train`")
-    return metadata, state
+    return json.loads(metadata[_FACTS]), state

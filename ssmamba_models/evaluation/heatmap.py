@@ -120,8 +120,8 @@ def color_tiles(
         ImportError: matplotlib is missing.
     """
     sums, counts = np.zeros(image.shape[:2]), np.zeros(image.shape[:2])
-    # Edges rounded one by one: neighbours neither overlap nor leave a gap.
-    edges = np.round(np.concatenate((coords, coords + side), axis=1) / downsample).astype(int)
+    # Corners are rounded pixels, so the next tile may begin one later than this one ends: that is no gap.
+    edges = np.round(np.concatenate((coords, coords + side + 1), axis=1) / downsample).astype(int)
     for (left, top, right, bottom), value in zip(edges.clip(min=0), values):
         # A tile smaller than a pixel still shows.
         place = np.s_[top : max(bottom, top + 1), left : max(right, left + 1)]
