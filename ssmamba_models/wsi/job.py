@@ -143,7 +143,7 @@ class Job:
             self.check_settings()
         elif self.root.is_dir() and any(self.features.parent.glob("*/*.h5")):
             raise FileExistsError(
-                f"{str(self.root)!r} holds feature files, but no config.yaml tells of their making; choose another --out"
+                f"{str(self.root)!r} holds feature files, but no config.yaml; choose another --out"
             )
         elif self.root.is_dir() and not self._is_ours():
             raise FileExistsError(f"{str(self.root)!r} holds other files than a job's; choose another --out")

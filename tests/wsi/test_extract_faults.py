@@ -1,0 +1,265 @@
+"""Bad slides, killed processes, full disks: each has its own clear line, the others finish, no half file stays."""
+
+import csv
+import os
+import signal
+import time
+
+import pytest
+
+pytest.importorskip("h5py", reason="feature files need the [wsi] extra")
+pytest.importorskip("openslide", reason="slides need the [wsi] extra")
+
+from job_cases import FEATURES, TINY, digests, events, extract, leftovers, make_bad_slides, make_slides
+
+from ssmamba_models.data.features import read_slide_features
+from ssmamba_models.wsi import decode_processes, local_engine, slide_run
+from ssmamba_models.wsi.decode_processes import Decoders
+from ssmamba_models.wsi.decoding import OutputError, PrepareTask
+from ssmamba_models.wsi.dry_run import dry_run
+from ssmamba_models.wsi.extract_plan import ExtractPlan
+from ssmamba_models.wsi.slide_list import SlideFile, find_slides
+from ssmamba_models.wsi.status import read_summary
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ssmamba_models.engine.encoder.RandomWeightsWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+REASONS = {
+    "no_mpp": "--mpp-override",
+    "truncated": "is truncated",
+    "zero_bytes": "empty (0 bytes)",
+    "no_slide": "is not a slide",
+}
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    return make_bad_slides(tmp_path_factory.mktemp("faults") / "slides")
+
+
+@pytest.fixture(scope="module")
+def ended(slides, tmp_path_factory):
+    """The job of all bad slides, and its result; not to be written in."""
+    out = tmp_path_factory.mktemp("job") / "job"
+    return out, extract(slides, out, max_bad_tiles=0.2)
+
+
+class TestBadSlides:
+    def test_each_has_its_line_and_the_others_finish(self, ended):
+        out, result = ended
+        assert sorted(result.done) == ["good", "one_bad_tile"]
+        assert result.no_tissue == ["blank"]
+        assert sorted(result.failed) == sorted(REASONS)
+        rows = read_summary(out / "summary.csv")
+        for name, text in REASONS.items():
+            assert text in result.failed[name]
+            assert (rows[name]["status"], rows[name]["reason"]) == ("failed", result.failed[name])
+        assert (rows["blank"]["status"], rows["blank"]["tiles"]) == ("no tissue", "0")
+        assert leftovers(out) == []
+
+    def test_bad_tiles_are_left_out_and_counted(self, ended):
+        out, _ = ended
+        good = read_slide_features(out / FEATURES / "good.h5")
+        spoiled = read_slide_features(out / FEATURES / "one_bad_tile.h5")
+        bad = int(read_summary(out / "summary.csv")["one_bad_tile"]["bad_tiles"])
+        assert bad > 0
+        assert len(spoiled.coords) == spoiled.attributes["tiles_in_grid"] - bad
+        kept = {tuple(place): row for place, row in zip(good.coords.tolist(), good.features)}
+        # What can be read has the features that it has in a slide without faults, to the last bit.
+        assert all((kept[tuple(place)] == row).all() for place, row in zip(spoiled.coords.tolist(), spoiled.features))
+
+    def test_too_many_bad_tiles_fail_the_slide(self, slides, tmp_path):
+        result = extract(slides / "one_bad_tile.tif", tmp_path / "job", max_bad_tiles=0.01)
+        assert "cannot be read, more than --max-bad-tiles 0.01 allows" in result.failed["one_bad_tile"]
+        assert list((tmp_path / "job").rglob("*.h5")) == []
+        assert leftovers(tmp_path / "job") == []
+
+    def test_failed_slides_wait_for_retry_failed(self, slides, tmp_path):
+        out, table = tmp_path / "job", tmp_path / "mpp.csv"
+        path = slides / "no_mpp.tif"
+        assert extract(path, out).failed
+        assert extract(path, out, mpp_override=0.5).new == 0
+        table.write_text("slide,mpp\nno_mpp,0.5\n")
+        result = extract(path, out, mpp_csv=str(table), retry_failed=True)
+        assert (result.new, result.done) == (1, ["no_mpp"])
+        assert read_summary(out / "summary.csv")["no_mpp"]["mpp_source"] == "override"
+
+    def test_a_blank_slide_is_not_looked_at_twice(self, slides, tmp_path):
+        extract(slides / "blank.tif", tmp_path / "job")
+        result = extract(slides / "blank.tif", tmp_path / "job")
+        assert (result.new, result.no_tissue, result.failed) == (0, ["blank"], {})
+
+    def test_a_dry_run_says_the_same(self, slides, tmp_path):
+        run = dry_run(slides, tmp_path / "job", ExtractPlan(**TINY), progress=False)
+        failed = {slide.name: slide.reason for slide in run.slides if slide.status == "failed"}
+        assert sorted(failed) == sorted(REASONS)
+        assert [slide.name for slide in run.slides if slide.status == "no tissue"] == ["blank"]
+
+    def test_a_fault_of_a_library_stops_only_its_slide(self, tmp_path, monkeypatch):
+        slides = make_slides(tmp_path / "slides", "ab")
+        real = decode_processes.Decoder.perform
+
+        def stumble(self, task):
+            if task.slide.name == "a":
+                raise KeyError("no such\nlevel")
+            return real(self, task)
+
+        monkeypatch.setattr(decode_processes.Decoder, "perform", stumble)
+        result = extract(slides, tmp_path / "job")
+        assert (result.done, result.failed) == (["b"], {"a": "KeyError: 'no such\\nlevel'"})
+
+    def test_features_that_are_not_finite_fail_the_slide(self, tmp_path, monkeypatch):
+        slides = make_slides(tmp_path / "slides", "a")
+        real = local_engine.TileEncoder.finish
+
+        def spoil(started):
+            features, grid = real(started)
+            features[1, 3] = float("nan")
+            return features, grid
+
+        monkeypatch.setattr(local_engine.TileEncoder, "finish", staticmethod(spoil))
+        assert "not finite" in extract(slides, tmp_path / "job").failed["a"]
+
+
+class TestKilledDecoders:
+    @pytest.fixture
+    def slides(self, tmp_path):
+        return make_slides(tmp_path / "slides", "ab")
+
+    def test_one_death_costs_nothing(self, slides, tmp_path, monkeypatch):
+        expected = extract(slides, tmp_path / "whole")
+        deaths, real = [], local_engine.TileEncoder.start
+        pools = []
+        monkeypatch.setattr(local_engine.TileEncoder, "start", self._killing(deaths, pools, real, after=3))
+        self._watch(monkeypatch, pools)
+        result = extract(slides, tmp_path / "job", workers=1)
+        assert len(deaths) == 1
+        assert (result.failed, result.done) == ({}, expected.done)
+        assert digests(tmp_path / "job") == digests(tmp_path / "whole")
+        assert leftovers(tmp_path / "job") == []
+
+    @staticmethod
+    def _watch(monkeypatch, pools):
+        real = Decoders.__init__
+
+        def watch(self, workers):
+            real(self, workers)
+            pools.append(self)
+
+        monkeypatch.setattr(Decoders, "__init__", watch)
+
+    @staticmethod
+    def _killing(deaths, pools, real, after):
+        calls = []
+
+        def start(self, pixels):
+            calls.append(1)
+            if len(calls) == after:
+                for pid in pools[-1].pids:
+                    os.kill(pid, signal.SIGKILL)
+                    deaths.append(pid)
+            return real(self, pixels)
+
+        return start
+
+    def test_a_slide_that_kills_its_reader_fails_and_says_so(self, slides, tmp_path, monkeypatch):
+        # The process starts, and is killed when it is asked for slide "a": as one that runs out of memory there.
+        poison = (
+            "from ssmamba_models.wsi import decoding\n"
+            "import os, signal\n"
+            "real = decoding.Decoder.perform\n"
+            "def perform(self, task):\n"
+            "    if task.slide.name == 'a': os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    return real(self, task)\n"
+            "decoding.Decoder.perform = perform\n"
+        )
+        start = decode_processes._START.replace("serve()", poison.replace("{", "{{") + "serve()")
+        monkeypatch.setattr(decode_processes, "_START", start)
+        result = extract(slides, tmp_path / "job", workers=1)
+        assert result.done == ["b"]
+        assert "killed by SIGKILL; memory may be short" in result.failed["a"]
+        assert read_summary(tmp_path / "job" / "summary.csv")["a"]["reason"] == result.failed["a"]
+
+    def test_closing_ends_all_processes_at_once(self, slides):
+        decoders = Decoders(2)
+        task = PrepareTask(find_slides(slides)[0], 1.0, 64, 0, 0.25)
+        first = decoders.submit(task)
+        waiting = [decoders.submit(task) for _ in range(20)]
+        assert len(first.result().coords) > 10
+        pids = decoders.pids
+        start = time.monotonic()
+        decoders.close()
+        assert time.monotonic() - start < 10
+        assert len(pids) > 0
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+        assert all(future.done() for future in waiting)
+
+    def test_they_do_without_torch(self, slides):
+        if not os.path.exists("/proc/self/maps"):
+            pytest.skip("needs /proc")
+        with Decoders(1) as decoders:
+            decoders.submit(PrepareTask(find_slides(slides)[0], 1.0, 64, 0, 0.25)).result()
+            with open(f"/proc/{decoders.pids[0]}/maps") as maps:
+                assert "libtorch" not in maps.read()
+
+
+class TestFullDisk:
+    def test_of_features(self, tmp_path, monkeypatch):
+        slides, out = make_slides(tmp_path / "slides"), tmp_path / "job"
+        whole = extract(slides, tmp_path / "whole")
+        real, calls = slide_run.SlideFeatureWriter.append, []
+
+        def full(self, *arrays):
+            calls.append(1)
+            # A whole slide and a bit: HDF5 tells the system's number in its text.
+            if len(calls) == 10:
+                raise OSError(
+                    "Can't write data (file write failed: errno = 28, error message = 'No space left on device')"
+                )
+            return real(self, *arrays)
+
+        monkeypatch.setattr(slide_run.SlideFeatureWriter, "append", full)
+        with pytest.raises(OutputError, match=r"the disk is full\); files that were finished are whole: make room"):
+            extract(slides, out)
+        assert events(out, "done") == ["a"]
+        assert [path.name for path in out.rglob("*.h5")] == ["a.h5"]
+        assert leftovers(out) == []
+        monkeypatch.undo()
+        assert extract(slides, out).done == whole.done
+        assert digests(out) == digests(tmp_path / "whole")
+
+    def test_by_the_system_itself(self, tmp_path):
+        """A limit to the size of files stops HDF5 as a full disk does: in the middle of a write."""
+        resource = pytest.importorskip("resource")
+        slides, out = make_slides(tmp_path / "slides", "a"), tmp_path / "job"
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
+            with pytest.raises(OutputError, match="cannot write"):
+                extract(slides, out)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert list(out.rglob("*.h5")) == []
+        assert leftovers(out) == []
+        assert extract(slides, out).done == ["a"]
+
+    def test_a_folder_that_cannot_be_written(self, tmp_path):
+        slides, out = make_slides(tmp_path / "slides", "a"), tmp_path / "job"
+        out.mkdir()
+        (out / "thumbnails").write_text("a file where the folder should be")
+        with pytest.raises(OutputError, match="cannot write"):
+            extract(slides, out)
+
+
+def test_reasons_stay_on_one_line_of_the_table(ended):
+    out, _ = ended
+    with open(out / "summary.csv", newline="") as file:
+        assert all("\n" not in cell for row in csv.reader(file) for cell in row)
+
+
+def test_a_slide_that_vanishes(tmp_path):
+    file = SlideFile(str(tmp_path / "gone.tif"), "gone")
+    with Decoders(0) as decoders, pytest.raises(FileNotFoundError, match="gone"):
+        decoders.submit(PrepareTask(file, 1.0, 64, 0, 0.25)).result()
