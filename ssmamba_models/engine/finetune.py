@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,15 +83,16 @@ def finetune(
     mixup = _create_mixup(config, len(train.classes), accelerator.num_processes)
     network = create_network(config, len(train.classes))
     _check_size(network, config)
+    data = _training_data(config, train, network)
+    classifier = _create_classifier(config, network, train, mixup)
     run = Path(out)
     if accelerator.is_main_process:
         open_run(run, config, resume)
     accelerator.wait_for_everyone()
     judge = _Judge(config, run, train, val, _create_validation(config, val, train.classes, network, accelerator))
-    classifier = _create_classifier(config, network, train, mixup)
     task = Task(
         module=classifier,
-        data=_training_data(config, train, network),
+        data=data,
         export=judge.export,
         groups=_parameter_groups(config, network),
         epoch_end=judge.end_epoch,
@@ -191,21 +192,30 @@ def _sampling_weights(train: LabelledTiles) -> torch.Tensor:
 
 
 def _training_data(config: FinetuneConfig, train: LabelledTiles, network: nn.Module) -> SeededTiles:
-    model = resolve_model_data_config(network)
-    augmentation = create_transform(
-        config.img_size,
-        is_training=True,
-        scale=config.crop_scale,
-        hflip=config.hflip,
-        vflip=config.vflip,
-        color_jitter=config.color_jitter,
-        auto_augment=config.auto_augment,
-        re_prob=config.random_erasing,
-        interpolation=model["interpolation"],
-        mean=model["mean"],
-        std=model["std"],
-    )
-    return SeededTiles(train, SeededTransform(augmentation), config.seed, _targets(train, train.classes))
+    augmentation = SeededTransform(_create_augmentation(config, resolve_model_data_config(network)))
+    return SeededTiles(train, augmentation, config.seed, _targets(train, train.classes))
+
+
+def _create_augmentation(config: FinetuneConfig, model: Mapping[str, Any]) -> Callable:
+    try:
+        return create_transform(
+            config.img_size,
+            is_training=True,
+            scale=config.crop_scale,
+            hflip=config.hflip,
+            vflip=config.vflip,
+            color_jitter=config.color_jitter,
+            auto_augment=config.auto_augment,
+            re_prob=config.random_erasing,
+            interpolation=model["interpolation"],
+            mean=model["mean"],
+            std=model["std"],
+        )
+    # What timm raises for a policy that it does not know; the other settings have been checked.
+    except (AssertionError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"auto_augment is {config.auto_augment!r}, expected a policy of timm such as rand-m9-mstd0.5 ({error})"
+        ) from error
 
 
 def _create_validation(

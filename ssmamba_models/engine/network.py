@@ -12,6 +12,8 @@ from torch import nn
 from ssmamba_models.engine.encoder import check_model_name
 from ssmamba_models.engine.train_config import TrainConfig
 from ssmamba_models.engine.weights import first_line, load_weights
+from ssmamba_models.models.published import WeightsError, check_named
+from ssmamba_models.zoo import list_models
 
 
 def create_network(config: TrainConfig, num_classes: int = 0) -> nn.Module:
@@ -31,8 +33,13 @@ def create_network(config: TrainConfig, num_classes: int = 0) -> nn.Module:
     """
     check_model_name(config.model)
     published = get_pretrained_cfg(config.model) if ":" not in config.model else None
-    if config.init == "pretrained" and published is not None and not published.has_weights:
-        raise ValueError(f"{config.model} has no published weights; use --init none, or --init FILE")
+    if published is None:
+        check_named(config.model, config.init == "pretrained")
+    elif config.init == "pretrained" and not published.has_weights:
+        raise ValueError(
+            f"{config.model} has no published weights; of this package, {', '.join(list_models(pretrained=True))} "
+            "have; use --init none, or --init FILE"
+        )
     arguments = dict(config.model_args)
     if config.drop_path_rate is not None:
         arguments["drop_path_rate"] = config.drop_path_rate
@@ -56,6 +63,8 @@ def _create(config: TrainConfig, num_classes: int, arguments: dict) -> nn.Module
             f"{config.model} does not take these arguments: {', '.join(arguments)} ({first_line(error)}); "
             "change model_args"
         ) from error
+    except WeightsError:
+        raise  # which names the repository and the cure
     except Exception as error:
         if not pretrained:
             raise
@@ -66,7 +75,7 @@ def _create(config: TrainConfig, num_classes: int, arguments: dict) -> nn.Module
 
 
 def _check_source(init: str) -> None:
-    if not Path(init).exists():
+    if not init or not Path(init).exists():
         raise FileNotFoundError(
             f'init is {init!r}, expected "none", "pretrained", or a weight file or run folder that exists'
         )

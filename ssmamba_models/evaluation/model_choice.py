@@ -10,6 +10,7 @@ from timm.models import get_pretrained_cfg, is_model
 
 from ssmamba_models.engine.encoder import Encoder, load_encoder
 from ssmamba_models.evaluation.color_histogram import COLOR_HISTOGRAM, color_histogram_encoder
+from ssmamba_models.zoo import list_models
 
 PRETRAINED, RANDOM = "pretrained", "none"
 _LABEL = re.compile(r"[\w.+-]+")
@@ -65,8 +66,8 @@ class ModelChoice:
             return
         if not published:
             raise ValueError(
-                f"{self.name} has no published weights; write {self.name}@RUN (a run folder or weight file), or "
-                f"{self.name}@none for random weights"
+                f"{self.name} has no published weights; of this package, {', '.join(list_models(pretrained=True))} "
+                f"have; write {self.name}@RUN (a run folder or weight file), or {self.name}@none for random weights"
             )
 
 

@@ -435,10 +435,31 @@ class TestBadInput:
             ({"model": "test_vit", "img_size": 64, "init": "pretrained", "device": "abacus"}, "device 'abacus'"),
             ({"model": "test_vit", "img_size": 65}, "test_vit cannot take images of 65 x 65 px"),
             ({"model": "ssmamba_tinny"}, "ssmamba_tiny"),
+            (
+                {"model": "ssmamba_base", "init": "pretrained"},
+                r"no published weights; of this package, ssmamba_.* have",
+            ),
+            ({"auto_augment": "nonsense"}, "auto_augment is 'nonsense', expected a policy of timm"),
+            ({"auto_augment": "rand-m9-q5"}, "auto_augment is 'rand-m9-q5'"),
         ],
     )
     def test_settings(self, tiles, tmp_path, changes, message):
         self.refused(tiles, tmp_path, message, **changes)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"init": ""}, r"init is '', expected"),
+            (
+                {"model": "local-dir:nowhere", "init": "pretrained"},
+                r"^'nowhere' is no folder with a config.json; expected",
+            ),
+        ],
+    )
+    def test_weights_that_are_not_there(self, tiles, tmp_path, changes, message):
+        with pytest.raises(OSError, match=message):
+            run_of(tiles, tmp_path / "run", **changes)
+        assert not (tmp_path / "run").exists()
 
     @pytest.mark.parametrize(
         ("changes", "message"),
