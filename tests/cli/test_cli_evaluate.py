@@ -51,7 +51,7 @@ def test_unreadable_tiles_are_listed_and_the_rest_is_scored(ssmamba, labelled_ti
         (["--data", "{tmp}/none", "--model", "color_histogram"], "does not exist"),
         (["--data", "{tiles}/solid", "--model", "color_histogram"], "have no labels"),
         (["--data", "{tiles}", "--model", "ssmamba_smal@none"], "unknown model 'ssmamba_smal'; did you mean"),
-        (["--data", "{tiles}", "--model", "test_ssmamba"], "has no published weights; write test_ssmamba@RUN"),
+        (["--data", "{tiles}", "--model", "test_ssmamba"], "have; write test_ssmamba@RUN"),
         (["--data", "{tiles}", "--model", "test_ssmamba@{tmp}/run"], "run' does not exist"),
         (["--data", "{tiles}", "--model", "test_ssmamba", "--init", "{tmp}/run"], "run' does not exist"),
         (["--data", "{tiles}", "--model", "a b=test_ssmamba"], "not of the form [LABEL=]NAME[@INIT]"),
