@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ssmamba_models.data.careful_file import CarefulFile, create_hdf5
 from ssmamba_models.data.hdf5 import RowWriter, open_hdf5, plain_attributes, require_h5py, write_attributes
 from ssmamba_models.data.output import whole_file
 from ssmamba_models.data.tile_geometry import TileGeometry, check_geometry
@@ -52,8 +53,16 @@ class SlideFeatures(TileGeometry):
 class SlideFeatureWriter:
     """Appends batches of tiles to an open slide feature file; `write_slide_features` makes one."""
 
-    def __init__(self, file, rows: RowWriter, embed_dim: int, dtype: np.dtype, grid_shape: tuple[int, ...] | None):
-        self._file = file
+    def __init__(
+        self,
+        file,
+        disk: CarefulFile,
+        rows: RowWriter,
+        embed_dim: int,
+        dtype: np.dtype,
+        grid_shape: tuple[int, ...] | None,
+    ):
+        self._file, self._disk = file, disk
         self._rows = rows
         self._dtype = dtype
         self.embed_dim = embed_dim
@@ -74,6 +83,7 @@ class SlideFeatureWriter:
 
         Raises:
             ValueError: they do not fit each other or the file, or are too large for float16.
+            OSError: the disk is full, or fails.
         """
         features, coords = np.asarray(features), np.asarray(coords)
         rows = len(coords)
@@ -90,6 +100,7 @@ class SlideFeatureWriter:
         if grid is not None:
             columns["grid"] = self._store(self._fit_grid(np.asarray(grid), rows), "grid")
         self._rows.append(columns)
+        self._disk.check()
 
     def keep(self, name: str, source) -> None:
         """Keep a data set or group of another open HDF5 file beside ours, as it is; readers of ours pass over it."""
@@ -152,11 +163,11 @@ def write_slide_features(
         grid_shape = (*grid_shape, embed_dim)[:3]
         columns["grid"] = (grid_shape, stored_dtype)
     with whole_file(path, overwrite) as part:
-        with h5py.File(part, "w-") as file:
+        with create_hdf5(part) as (file, disk):
             rows = RowWriter(file, columns)
             write_attributes(file, attributes)
             write_attributes(file["coords"], geometry)
-            yield SlideFeatureWriter(file, rows, embed_dim, stored_dtype, grid_shape)
+            yield SlideFeatureWriter(file, disk, rows, embed_dim, stored_dtype, grid_shape)
             rows.finish()
         if rows.count == 0:
             raise ValueError(f"no tile was appended, so {os.fspath(path)!r} is not made")

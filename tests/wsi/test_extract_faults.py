@@ -230,20 +230,21 @@ class TestFullDisk:
         assert extract(slides, out).done == whole.done
         assert digests(out) == digests(tmp_path / "whole")
 
-    def test_by_the_system_itself(self, tmp_path):
+    @pytest.mark.parametrize(("limit", "grid", "where"), [(6_000, False, "thumbnails"), (200_000, True, "a.h5")])
+    def test_by_the_system_itself(self, tmp_path, limit, grid, where):
         """A limit to the size of files stops HDF5 as a full disk does: in the middle of a write."""
         resource = pytest.importorskip("resource")
         slides, out = make_slides(tmp_path / "slides", "a"), tmp_path / "job"
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
-            with pytest.raises(OutputError, match="cannot write"):
-                extract(slides, out)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            with pytest.raises(OutputError, match=f"cannot write .*{where}"):
+                extract(slides, out, grid=grid)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert list(out.rglob("*.h5")) == []
         assert leftovers(out) == []
-        assert extract(slides, out).done == ["a"]
+        assert extract(slides, out, grid=grid).done == ["a"]
 
     def test_a_folder_that_cannot_be_written(self, tmp_path):
         slides, out = make_slides(tmp_path / "slides", "a"), tmp_path / "job"

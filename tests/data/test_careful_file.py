@@ -1,0 +1,64 @@
+"""HDF5 on a disk that is full: an error, where HDF5 alone takes the process with it."""
+
+import gc
+
+import numpy as np
+import pytest
+
+h5py = pytest.importorskip("h5py", reason="feature files need the [wsi] extra")
+resource = pytest.importorskip("resource", reason="the limit that stands for a full disk")
+
+from ssmamba_models.data.careful_file import create_hdf5
+from ssmamba_models.data.features import write_slide_features
+
+GEOMETRY = {"patch_size": 64, "patch_size_level0": 128, "overlap": 0, "level0_mpp": 0.5, "target_mpp": 1.0}
+GEOMETRY |= {"level0_width": 1000, "level0_height": 1000, "name": "a"}
+LIMIT = 300_000
+
+
+@pytest.fixture
+def small_disk():
+    """No file may grow beyond LIMIT bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_is_written_is_what_hdf5_alone_would_write(tmp_path):
+    values = np.random.default_rng(0).normal(size=(500, 64))
+    with create_hdf5(tmp_path / "ours.h5") as (file, disk):
+        file.create_dataset("values", data=values, chunks=(64, 64), track_times=False)
+        disk.check()
+    with h5py.File(tmp_path / "theirs.h5", "w") as file:
+        file.create_dataset("values", data=values, chunks=(64, 64), track_times=False)
+    assert (tmp_path / "ours.h5").read_bytes() == (tmp_path / "theirs.h5").read_bytes()
+
+
+def test_a_full_disk_is_an_error(tmp_path, small_disk):
+    with pytest.raises(OSError, match="too large"), create_hdf5(tmp_path / "a.h5") as (file, _):
+        file.create_dataset("values", data=np.zeros((1000, 1000)))
+    del file
+    gc.collect()  # this is where HDF5 took its leave
+    assert (tmp_path / "a.h5").stat().st_size <= LIMIT
+
+
+def test_features_notice_it_soon_and_leave_nothing(tmp_path, small_disk):
+    batch, coords, written = np.zeros((256, 96), np.float32), np.zeros((256, 2), np.int64), 0
+    with (
+        pytest.raises(OSError, match="too large"),
+        write_slide_features(tmp_path / "a.h5", 96, coords_attributes=GEOMETRY, attributes={}) as writer,
+    ):
+        for _ in range(1000):
+            writer.append(batch, coords)
+            written += 1
+    assert written < 40  # each batch has 100 kB, and HDF5 keeps about 1 MB to itself
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_there_is_not_touched(tmp_path):
+    (tmp_path / "a.h5").write_text("mine")
+    with pytest.raises(FileExistsError), create_hdf5(tmp_path / "a.h5"):
+        pass
+    assert (tmp_path / "a.h5").read_text() == "mine"
