@@ -270,6 +270,13 @@ class MAMIM(nn.Module):
                     f"MAMIM: {view}_mask has shape {tuple(mask.shape)}, expected one entry per cell of "
                     f"{self.cell_size} px of {view}, which has shape {tuple(images.shape)}"
                 )
+            stride = self.encoder.feature_info[-1]["reduction"]
+            if self.cross_weight > 0 and any(side % stride for side in images.shape[2:]):
+                # The last map would reach beyond the view's edge, and `theta` would point beside the place.
+                raise ValueError(
+                    f"MAMIM: {view} has shape {tuple(images.shape)}; aligning views needs sides that are multiples of "
+                    f"{stride} px: choose another img_size, or cross_weight=0"
+                )
 
 
 def patch_color(patches: Tensor) -> Tensor:

@@ -260,6 +260,13 @@ def test_encoders_that_do_not_fit_are_refused(model, kwargs):
         MAMIM(timm.create_model(model, **kwargs))
 
 
+def test_views_that_cannot_be_aligned_are_refused():
+    batch = make_batch(img_size=80)
+    with pytest.raises(ValueError, match="multiples of 32 px"):
+        make()(batch)
+    assert make(cross_weight=0.0)(batch)["loss"] > 0
+
+
 def test_a_batch_that_does_not_fit_is_refused():
     batch = make_batch()
     with pytest.raises(ValueError, match="low_mask"):
