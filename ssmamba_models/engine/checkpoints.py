@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import zipfile
@@ -15,6 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ssmamba_models.data.output import remove_unfinished, set_usual_mode, whole_file
+
+# What keeps a whole file from being read.
+_MACHINE = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ESTALE)
 
 
 class Checkpoints:
@@ -67,6 +71,7 @@ class Checkpoints:
 
         Raises:
             ValueError: there are checkpoints, and none can be read.
+            OSError: the machine refuses to read one.
         """
         paths = self.paths()[::-1]
         for path in paths:
@@ -75,6 +80,8 @@ class Checkpoints:
                 # weights_only: a checkpoint is data, and must not run code.
                 return torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:
+                if getattr(error, "errno", None) in _MACHINE or isinstance(error, MemoryError):
+                    raise  # the file may be whole: a run that went back would in time remove it
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 tell(f"the checkpoint {str(path)!r} is damaged ({reason}); going back to the one before")
         if paths:

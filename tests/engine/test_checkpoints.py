@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, and only data."""
 
+import errno
 import os
 
 import pytest
@@ -58,6 +59,18 @@ def test_going_back_behind_a_damaged_one_never_loses_the_good(tmp_path):
     checkpoints.save(20, state(20)).write_bytes(b"damaged")
     checkpoints.save(12, state(12))
     assert [path.name for path in checkpoints.paths()] == ["step-00000012.pt"]
+
+
+def test_what_the_machine_refuses_to_read_is_not_damaged(checkpoints, monkeypatch):
+    for step in (1, 2):
+        checkpoints.save(step, state(step))
+
+    def refuse(*arguments, **named):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("zipfile.ZipFile", refuse)
+    with pytest.raises(PermissionError):
+        checkpoints.load(pytest.fail)
 
 
 def test_all_damaged(checkpoints):
