@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from ssmamba_models.benchmark.extract import ExtractBenchmark, format_extract, run_extract
 from ssmamba_models.benchmark.models import (
     DEFAULT_MODEL,
     DEFAULT_PEERS,
@@ -159,6 +160,21 @@ def models(
 def train(json_path: Path | None, budget: float, **options) -> None:
     """A step of MAMIM against one of a masked autoencoder, and how much of its time a training waits for data."""
     _run(run_train, TrainPlan(**options, budget_s=budget), format_train, json_path)
+
+
+@command.command("extract")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Any timm name; its weights are random.")
+@click.option("--tiles", type=click.IntRange(1), default=256, show_default=True, help="Tiles of the synthetic slide.")
+@click.option("--tile-size", type=click.IntRange(1), default=224, show_default=True, help="Side of a tile in pixels.")
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Tiles per forward pass.")
+@click.option("--workers", type=click.IntRange(0), help="Processes that read tiles.  [default: chosen by the device]")
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to run.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Runs.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all results here.")
+def extract(json_path: Path | None, **options) -> None:
+    """Extraction of a slide from end to end against the model alone; --tiles 100000 shows that memory is bounded."""
+    _run(run_extract, ExtractBenchmark(**options), format_extract, json_path)
 
 
 def _run(measure: Callable, plan: object, show: Callable[[dict], str], json_path: Path | None) -> None:

@@ -65,7 +65,7 @@ def _probe_writing(folder: Path) -> None:
     probe = folder / f".ssmamba-probe-{secrets.token_hex(4)}"
     try:
         probe.touch(exist_ok=False)
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise type(error)(
             f"cannot write in the output's folder {str(folder)!r} ({error.strerror}); choose a writable one"

@@ -112,7 +112,7 @@ def _outcomes(
     if plan.engine == "ray":
         from ssmamba_models.wsi.ray_engine import run_on_ray
 
-        outcomes = run_on_ray(job, claims.todo, plan, timing)
+        outcomes = run_on_ray(job, claims, plan, timing)
     else:
         outcomes = _run_here(job, encoder, claims, plan, timing, bar)
     written = time.monotonic()

@@ -142,9 +142,7 @@ class Job:
         if self._config.exists():
             self.check_settings()
         elif self.root.is_dir() and any(self.features.parent.glob("*/*.h5")):
-            raise FileExistsError(
-                f"{str(self.root)!r} holds feature files, but no config.yaml; choose another --out"
-            )
+            raise FileExistsError(f"{str(self.root)!r} holds feature files, but no config.yaml; choose another --out")
         elif self.root.is_dir() and not self._is_ours():
             raise FileExistsError(f"{str(self.root)!r} holds other files than a job's; choose another --out")
 
@@ -251,7 +249,9 @@ class Job:
             raise error if isinstance(error, OutputError) else OutputError.of(error, self.root) from error
 
     def close(self) -> None:
-        """Release all locks."""
+        """Release all locks, and remove those that processes left that died between a slide's end and its release."""
+        with contextlib.suppress(OSError):  # a full disk
+            self.locks.sweep()
         self.locks.close()
 
     def __enter__(self) -> Job:

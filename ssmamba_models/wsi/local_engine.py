@@ -38,12 +38,14 @@ class Timing:
     Attributes:
         tiles: that went through the model.
         seconds: in all.
-        waiting: of these, the model had no tiles.
+        waiting: the model, or each of several, had no tiles.
+        computing: seconds of all models together, waiting included; 0 for one model, which has `seconds`.
     """
 
     tiles: int = 0
     seconds: float = 0.0
     waiting: float = 0.0
+    computing: float = 0.0
 
     @property
     def tiles_per_second(self) -> float:
@@ -51,7 +53,8 @@ class Timing:
 
     @property
     def wait_share(self) -> float:
-        return self.waiting / self.seconds if self.seconds else 0.0
+        of = self.computing or self.seconds
+        return self.waiting / of if of else 0.0
 
 
 @dataclass

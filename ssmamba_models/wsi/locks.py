@@ -25,7 +25,7 @@ from types import TracebackType
 BEAT, STALE = 10.0, 120.0
 
 # An owner writes its name at once; a file that stays empty this long was made by a process that died in between.
-_EMPTY = 5.0
+_EMPTY, _EMPTY_POLL = 2.0, 0.05
 _ATTEMPTS = 20
 _FILE = re.compile(r"(?s)(?P<name>.*)\.(?P<generation>\d+)\.lock")
 
@@ -109,7 +109,10 @@ class Locks:
             owner = None if newest is None else _read(newest[1])
             if newest is not None and owner is None:
                 continue  # released since we looked
-            if newest is not None and not self._is_dead(newest[1], owner):
+            if owner == "":
+                self._await_owner(newest[1])
+                owner = _read(newest[1])
+            if newest is not None and (owner is None or not self._is_dead(newest[1], owner)):
                 return None
             lock = self._create(name, newest, owner)
             if lock is not None:
@@ -117,6 +120,12 @@ class Locks:
                 return lock
             time.sleep(random.uniform(0, 0.02))
         return None
+
+    def _await_owner(self, path: Path) -> None:
+        """Sleep until a file says whose it is, or must be a dead process's."""
+        deadline = time.monotonic() + _EMPTY
+        while _read(path) == "" and self._age(path) <= _EMPTY and time.monotonic() < deadline:
+            time.sleep(_EMPTY_POLL)
 
     def _create(self, name: str, before: tuple[int, Path] | None, owner: str | None) -> Lock | None:
         """Make the next generation; None where another process was faster, or the dead owner's file is not there."""
@@ -194,6 +203,17 @@ class Locks:
                     # A lock that was lost has no file; its owner finds out by `held`.
                     with contextlib.suppress(OSError):
                         os.utime(lock.path)
+
+    def sweep(self) -> None:
+        """Remove the locks of dead processes."""
+        try:
+            files = os.listdir(self.folder)
+        except FileNotFoundError:
+            return
+        for name in {match["name"] for match in map(_FILE.fullmatch, files) if match}:
+            lock = self.acquire(name)
+            if lock is not None:
+                lock.release()
 
     def close(self) -> None:
         """Release all locks that this process holds, and remove the folder if that leaves it empty."""

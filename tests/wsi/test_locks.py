@@ -120,9 +120,22 @@ def test_an_empty_file_is_a_process_that_died_between_making_and_writing(locks):
     locks.folder.mkdir()
     path = locks.folder / "a.0.lock"
     path.touch()
-    assert locks.acquire("a") is None
     age(path, 10)
     assert locks.acquire("a").held
+    (locks.folder / "b.0.lock").touch()
+    start = time.monotonic()
+    assert locks.acquire("b").held
+    assert time.monotonic() - start > 0.5  # its maker was given time to write
+
+
+def test_a_sweep_removes_what_dead_processes_left_and_nothing_else(locks):
+    os.waitpid(fork(lambda: die_with_lock(locks.folder, "dead")), 0)
+    other = Locks(locks.folder)
+    living = other.acquire("living")
+    locks.sweep()
+    assert locks.newest("dead") is None
+    assert living.held
+    other.close()
 
 
 def test_closing_releases_and_removes_the_folder(tmp_path):

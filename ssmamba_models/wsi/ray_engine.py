@@ -1,0 +1,143 @@
+"""Extraction on a Ray cluster: one task for each slide, tried again where its process or its machine dies.
+
+All machines must see the slides and the job's folder under the same paths, and have this package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import time
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from ssmamba_models.engine.processes import default_workers
+from ssmamba_models.wsi.claims import Claims
+from ssmamba_models.wsi.decode_processes import Decoders
+from ssmamba_models.wsi.errors import one_line
+from ssmamba_models.wsi.extract_plan import ExtractPlan
+from ssmamba_models.wsi.job import Job
+from ssmamba_models.wsi.local_engine import LocalEngine, Timing
+from ssmamba_models.wsi.locks import STALE
+from ssmamba_models.wsi.slide_list import SlideFile
+from ssmamba_models.wsi.slide_run import Outcome
+from ssmamba_models.wsi.status import ELSEWHERE
+from ssmamba_models.wsi.tile_encoder import TileEncoder
+
+# Tasks that wait in the cluster at a time; thousands would only cost its memory.
+_AHEAD = 256
+
+# A task's second try may meet the lock of the first, whose machine is gone.
+_LOCK_TIMEOUT = 1.25 * STALE
+
+
+def require_ray() -> ModuleType:
+    """Import Ray, which only clusters need.
+
+    Raises:
+        ImportError: it is missing or broken; the message names the extra that installs it.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(
+            f'--engine ray needs Ray ({one_line(error)}); install it with: pip install "ssmamba-models[cluster]"'
+        ) from error
+    return ray
+
+
+def run_on_ray(job: Job, claims: Claims, plan: ExtractPlan, timing: Timing) -> Iterator[Outcome]:
+    """Extract slides on the cluster that RAY_ADDRESS names or this machine belongs to, else on one of this machine.
+
+    Args:
+        job: the open job.
+        claims: its slides.
+        plan: how, and what each task asks of the cluster.
+        timing: is filled in as tasks end.
+
+    Yields:
+        How each slide ended.
+
+    Raises:
+        OutputError, ValueError: as the local engine.
+        ImportError: Ray is missing.
+    """
+    ray = require_ray()
+    with _cluster(ray):
+        task = ray.remote(_extract_slide).options(
+            num_cpus=plan.num_cpus, num_gpus=plan.num_gpus, max_retries=plan.max_retries
+        )
+        root, start = os.path.abspath(job.root), time.perf_counter()
+        waiting: dict[Any, SlideFile] = {}
+        todo = iter(claims.todo)
+        while True:
+            while len(waiting) < _AHEAD and (slide := next(todo, None)) is not None:
+                waiting[task.remote(slide, root, plan)] = slide
+            if not waiting:
+                return
+            (ready, *_), _ = ray.wait(list(waiting))
+            outcome, part = _result(ray, ready, claims, waiting.pop(ready))
+            _add(timing, part, time.perf_counter() - start)
+            yield outcome
+
+
+def _add(timing: Timing, part: Timing, seconds: float) -> None:
+    """Add a task's time; the share of waiting is that of all tasks, whose clocks ran side by side."""
+    timing.tiles += part.tiles
+    timing.computing += part.seconds
+    timing.waiting += part.waiting
+    timing.seconds = seconds
+
+
+@contextlib.contextmanager
+def _cluster(ray: ModuleType) -> Iterator[None]:
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(logging_level=logging.WARNING, include_dashboard=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _result(ray: ModuleType, ready: Any, claims: Claims, slide: SlideFile) -> tuple[Outcome, Timing]:
+    try:
+        return ray.get(ready)
+    except ray.exceptions.RayTaskError as error:
+        # What the task raised concerns the whole job: bad slides are outcomes.
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        reason = f"the process or machine that had it died again and again ({one_line(error)[:300]})"
+        run = claims.claim(slide, _LOCK_TIMEOUT)
+        if run is None:
+            return Outcome(slide.name, ELSEWHERE), Timing()
+        run.fail(reason)
+        return run.outcome, Timing()
+
+
+def _extract_slide(slide: SlideFile, root: str, plan: ExtractPlan) -> tuple[Outcome, Timing]:
+    """The task: one slide, in a process of the cluster."""
+    encoder = _encoder(plan)
+    provenance = encoder.provenance()
+    timing = Timing()
+    with Job(root, plan.settings(encoder, provenance)) as job:
+        job.check_settings()
+        claims = Claims(job, [slide], plan, provenance, encoder.grid_shape)
+        run = claims.claim(slide, _LOCK_TIMEOUT)
+        if run is None:
+            return Outcome(slide.name, ELSEWHERE), timing
+        workers = default_workers(encoder.encoder.device, 1) if plan.workers is None else plan.workers
+        with Decoders(workers) as decoders:
+            engine = LocalEngine(job, encoder, decoders, plan.batch_size, timing)
+            (outcome,) = engine.run(iter([run]))
+    return outcome, timing
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(plan: ExtractPlan) -> TileEncoder:
+    # A process of the cluster does slide after slide with one model.
+    return plan.load()

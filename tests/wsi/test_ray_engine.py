@@ -1,0 +1,87 @@
+"""Extraction on a real Ray cluster of this machine, one of whose processes is killed in the middle of a slide."""
+
+import builtins
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("h5py", reason="feature files need the [wsi] extra")
+pytest.importorskip("openslide", reason="slides need the [wsi] extra")
+
+from job_cases import digests, disc, events, extract, leftovers
+from slide_files import make_empty_file, make_pyramid
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ssmamba_models.engine.encoder.RandomWeightsWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    ray = pytest.importorskip("ray", reason="clusters need the [cluster] extra")
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+def first_owner(out, deadline=120):
+    """The process that has a slide half-written, by its lock."""
+    end = time.monotonic() + deadline
+    while time.monotonic() < end:
+        if list(out.rglob(".*.part.h5")):
+            slide = next(out.rglob(".*.part.h5")).name.split(".")[1]
+            for path in out.glob(f".locks/{slide}.*.lock"):
+                return slide, json.loads(path.read_text())["pid"]
+        time.sleep(0.01)
+    raise AssertionError("no slide was begun")
+
+
+@pytest.mark.slow
+def test_a_killed_process_costs_nothing(cluster, tmp_path):
+    slides, out = tmp_path / "slides", tmp_path / "job"
+    slides.mkdir()
+    for name in "ab":
+        make_pyramid(slides / f"{name}.tif", (1600, 1400), mpp=0.5, content=disc)
+    make_empty_file(slides / "zero.svs")
+    settings = {"batch_size": 1, "mpp": 0.5}
+    results = []
+
+    def work():
+        results.append(extract(slides, out, engine="ray", num_cpus=1, **settings))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    slide, pid = first_owner(out)
+    assert pid != os.getpid()
+    os.kill(pid, signal.SIGKILL)
+    thread.join(300)
+    (result,) = results
+    assert (sorted(result.done), list(result.failed)) == (["a", "b"], ["zero"])
+    assert "empty" in result.failed["zero"]
+    assert result.timing.tiles > 0
+    assert events(out, "started").count(slide) == 2
+    assert sorted(events(out, "done")) == ["a", "b"]
+    extract(slides, tmp_path / "whole", **settings)
+    assert digests(out) == digests(tmp_path / "whole")
+    assert leftovers(out) == []
+
+
+def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *rest, **more):
+        if name == "ray":
+            raise ImportError("No module named 'ray'")
+        return real(name, *rest, **more)
+
+    make_pyramid(tmp_path / "a.tif", (256, 256), mpp=0.5, levels=(1,))
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ImportError, match=r"ssmamba-models\[cluster\]"):
+        extract(tmp_path / "a.tif", tmp_path / "job", engine="ray")
+    assert not (tmp_path / "job").exists()
