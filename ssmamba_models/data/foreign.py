@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ssmamba_models.data.careful_file import create_hdf5
 from ssmamba_models.data.feature_source import FeatureSource, other_datasets, with_model
 from ssmamba_models.data.geometry_completion import complete_geometry
 from ssmamba_models.data.hdf5 import plain, raw_attributes, require_h5py, row_blocks, write_attributes
@@ -159,7 +160,7 @@ def write_foreign(
     attributes = dict(source.attributes)
     remembered = json.loads(plain(attributes.pop(f"{layout.name}.storage", "{}")))
     storage = {**layout.default_storage(source.dtype), **remembered}
-    with h5py.File(part, "w-") as file:
+    with create_hdf5(part) as (file, _):
         for name, (rows, how) in _columns(source, storage).items():
             _write_rows(file, name, rows, *how)
         for name, other in source.others.items():

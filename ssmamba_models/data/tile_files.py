@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ssmamba_models.data.careful_file import CarefulFile, create_hdf5
 from ssmamba_models.data.hdf5 import CHUNK_ROWS, open_hdf5, plain_attributes, require_h5py, write_attributes
 from ssmamba_models.data.output import whole_file
 
@@ -41,8 +42,8 @@ class TileFeatures:
 class FeatureWriter:
     """Appends batches of features to an open feature file; `write_features` makes one."""
 
-    def __init__(self, file, embed_dim: int, labelled: bool):
-        self._file = file
+    def __init__(self, file, disk: CarefulFile, embed_dim: int, labelled: bool):
+        self._file, self._disk = file, disk
         self.embed_dim = embed_dim
         self.labelled = labelled
         self.count = 0
@@ -57,6 +58,7 @@ class FeatureWriter:
 
         Raises:
             ValueError: the three do not fit each other or the file.
+            OSError: the disk is full, or fails.
         """
         rows = len(paths)
         if features.shape != (rows, self.embed_dim):
@@ -70,6 +72,7 @@ class FeatureWriter:
             self._file[name].resize(self.count + rows, axis=0)
             self._file[name][self.count :] = values
         self.count += rows
+        self._disk.check()
 
 
 @contextlib.contextmanager
@@ -101,10 +104,10 @@ def write_features(
     """
     h5py = require_h5py()
     with whole_file(path, overwrite) as part:
-        with h5py.File(part, "w-") as file:
+        with create_hdf5(part) as (file, disk):
             _create_datasets(file, h5py, embed_dim, labelled)
             write_attributes(file, attributes)
-            writer = FeatureWriter(file, embed_dim, labelled)
+            writer = FeatureWriter(file, disk, embed_dim, labelled)
             yield writer
         if writer.count == 0:
             raise ValueError(f"no feature was appended, so {os.fspath(path)!r} is not made")

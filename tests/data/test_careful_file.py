@@ -7,6 +7,7 @@ import pytest
 
 from ssmamba_models.data.careful_file import create_hdf5
 from ssmamba_models.data.features import write_slide_features
+from ssmamba_models.data.tile_files import write_features
 
 h5py = pytest.importorskip("h5py", reason="feature files need the [wsi] extra")
 resource = pytest.importorskip("resource", reason="the limit that stands for a full disk")
@@ -64,3 +65,17 @@ def test_a_file_that_is_there_is_not_touched(tmp_path):
     with pytest.raises(FileExistsError), create_hdf5(tmp_path / "a.h5"):
         pass
     assert (tmp_path / "a.h5").read_text() == "mine"
+
+
+def test_features_of_tile_folders_notice_it_too(tmp_path, small_disk):
+    batch, paths = np.zeros((256, 96), np.float32), [f"{number}.png" for number in range(256)]
+
+    def write():
+        with write_features(tmp_path / "a.h5", 96, labelled=False, attributes={}) as writer:
+            for _ in range(300):
+                writer.append(batch, paths)
+
+    with pytest.raises(OSError, match="too large"):
+        write()
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
