@@ -56,7 +56,7 @@ def main():
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as scratch:
-        features = arguments.features or write_synthetic_slides(scratch, patients=24, tiles=600).parent
+        features = arguments.features or write_synthetic_slides(scratch, patients=24, tiles=300).parent
         labels = arguments.labels or features / "labels.csv"
         run, result = train(features, labels, arguments)
         name = arguments.slide.stem if arguments.slide else most_certain(result)

@@ -32,30 +32,39 @@ class MeanPooling(Aggregator):
 
 
 class MaxPooling(Aggregator):
-    """Each tile is classified alone; a slide is what its most telling tile is, class by class.
+    """A linear classifier on the largest value that each channel takes among the tiles.
 
-    Tiles go through Linear D to `hidden_dim`, ReLU, dropout and a linear classifier. The "attention" is the softmax
-    over the tiles of their logits for the predicted class.
+    Tiles go through Linear D to `hidden_dim`, ReLU and dropout first. The "attention" is each tile's share of what
+    speaks for the predicted class: of the channels in which it has the largest value.
 
     Args:
         feature_dim: D.
         num_classes: number of classes.
-        hidden_dim: width between the layers.
-        dropout: share of the channels dropped between them in training.
+        hidden_dim: width of the channels.
+        dropout: share of them dropped in training.
     """
 
     def __init__(self, feature_dim: int, num_classes: int, hidden_dim: int = 512, dropout: float = 0.25) -> None:
         super().__init__(feature_dim, num_classes)
-        self.classifier = nn.Sequential(
-            nn.Linear(feature_dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden_dim, num_classes)
-        )
+        self.embed = nn.Sequential(nn.Linear(feature_dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout))
+        self.classifier = nn.Linear(hidden_dim, num_classes)
 
     def pool(self, features: Tensor, coords: Tensor | None, mask: Tensor | None) -> Output:
-        tiles = self.classifier(features)
+        tiles = self.embed(features)
         if mask is not None:
-            tiles = tiles.masked_fill(~mask[..., None], -float("inf"))
-        logits = tiles.amax(dim=1)
-        return {"logits": logits, "attention": _speaking_for(logits, tiles, mask)}
+            tiles = tiles.masked_fill(~mask[..., None], -1)  # below what ReLU gives
+        largest, place = tiles.max(dim=1)
+        logits = self.classifier(largest)
+        return {"logits": logits, "attention": self._shares(logits.detach(), largest.detach(), place, mask, tiles)}
+
+    def _shares(self, logits: Tensor, largest: Tensor, place: Tensor, mask: Tensor | None, tiles: Tensor) -> Tensor:
+        speaking = (self.classifier.weight.detach()[logits.argmax(dim=1)] * largest).clamp(min=0).float()
+        # A little for every tile: where no channel speaks for the class, all count the same.
+        shares = speaking.new_full(tiles.shape[:2], 1e-9)
+        if mask is not None:
+            shares = shares * mask
+        shares = shares.scatter_add(1, place, speaking)
+        return shares / shares.sum(dim=1, keepdim=True)
 
 
 def _speaking_for(logits: Tensor, tiles: Tensor, mask: Tensor | None) -> Tensor:
