@@ -26,6 +26,7 @@ FORMAT = 1
 # What whole_file and check_output leave behind where a process is killed.
 _PART = r"\.{stem}\.[0-9a-f]{{8}}\.part(\.[A-Za-z0-9]+)?"
 _PROBE = re.compile(r"\.ssmamba-probe-[0-9a-f]{8}")
+_OURS = re.compile(r"thumbnails|contours|[0-9.e+-]+mpp_\d+px_\d+px")
 _JOB_LOCK, _JOB_TIMEOUT = "-job-", 1.25 * STALE
 
 
@@ -89,6 +90,8 @@ class Job:
     """
 
     def __init__(self, root: str | os.PathLike, settings: JobSettings):
+        if not os.fspath(root):
+            raise ValueError("the job's folder (--out, out=...) is empty; name the folder to write")
         self.root, self.settings = Path(root), settings
         self.thumbnails, self.contours = self.root / "thumbnails", self.root / "contours"
         tiles = f"{settings.mpp:g}mpp_{settings.tile_size}px_{settings.overlap}px"
@@ -135,6 +138,11 @@ class Job:
         return self.root / "config.yaml"
 
     def check_place(self) -> None:
+        """Make sure that the folder can be made, or is a job with these settings.
+
+        Raises:
+            FileNotFoundError, FileExistsError, NotADirectoryError, ValueError: as `open`.
+        """
         if not self.root.parent.is_dir():
             raise FileNotFoundError(f"the folder {str(self.root.parent)!r} does not exist; create it (mkdir -p)")
         if self.root.exists() and not self.root.is_dir():
@@ -148,8 +156,7 @@ class Job:
 
     def _is_ours(self) -> bool:
         """Whether the folder holds no more than a job does that was killed before its config.yaml was written."""
-        ours = {"thumbnails", "contours", self.features.parent.name, ".locks"}
-        return all(name in ours or name.startswith(".") for name in os.listdir(self.root))
+        return all(name.startswith(".") or _OURS.fullmatch(name) for name in os.listdir(self.root))
 
     def check_settings(self) -> None:
         """Make sure that the folder, if it is a job, was made with these settings.

@@ -67,8 +67,10 @@ class StatusLog:
     @staticmethod
     def _line_break(handle: int) -> str:
         # A process that died, or a disk that was full, may have left half a line.
-        size = os.fstat(handle).st_size
-        return "\n" if size and os.pread(handle, 1, size - 1) != b"\n" else ""
+        if not os.fstat(handle).st_size:
+            return ""
+        os.lseek(handle, -1, os.SEEK_END)
+        return "\n" if os.read(handle, 1) != b"\n" else ""
 
     def latest(self) -> dict[str, dict[str, Any]]:
         """The newest event of each slide, what other processes wrote included; slide -> event."""

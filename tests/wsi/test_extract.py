@@ -24,6 +24,7 @@ from ssmamba_models.wsi.extract_plan import ExtractPlan
 from ssmamba_models.wsi.locks import Locks
 from ssmamba_models.wsi.reader import open_slide
 from ssmamba_models.wsi.status import read_summary
+from ssmamba_models.wsi.tile_encoder import TileEncoder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ssmamba_models.engine.encoder.RandomWeightsWarning"),
@@ -103,6 +104,17 @@ class TestOutputs:
         encoder = load_encoder("test_ssmamba", img_size=TILE)
         pooled = encoder.model.forward_head(torch.from_numpy(read.grid.astype(np.float32)))
         np.testing.assert_allclose(pooled, single.features, rtol=1e-2, atol=1e-2)
+
+    @pytest.mark.parametrize("model", ["test_ssmamba", "test_vit", "test_resnet"])
+    def test_features_do_not_depend_on_token_maps(self, model):
+        encoder = load_encoder(model)
+        side = encoder.data_config["input_size"][1]
+        pixels = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8)
+        plain, grid = TileEncoder(encoder), TileEncoder(encoder, grid=True)
+        features, maps = grid.finish(grid.start(pixels))
+        np.testing.assert_array_equal(features, plain.finish(plain.start(pixels))[0])
+        assert maps.shape == (2, *grid.grid_shape)
+        assert maps.shape[1] == maps.shape[2] > 1
 
     def test_tiles_of_another_size_are_resized_whole(self, slides, tmp_path):
         extract(slides / "a.tif", tmp_path / "job", tile_size=96)
@@ -255,6 +267,8 @@ class TestRefusing:
             extract(slides, tmp_path / "job")
         with pytest.raises(FileNotFoundError, match="create it"):
             extract(slides, tmp_path / "missing" / "job")
+        with pytest.raises(ValueError, match="name the folder to write"):
+            extract(slides, "")
         (tmp_path / "file").touch()
         with pytest.raises(NotADirectoryError, match="is a file"):
             extract(slides, tmp_path / "file")

@@ -49,7 +49,7 @@ def test_a_killed_process_costs_nothing(cluster, tmp_path):
     for name in "ab":
         make_pyramid(slides / f"{name}.tif", (1600, 1400), mpp=0.5, content=disc)
     make_empty_file(slides / "zero.svs")
-    settings = {"batch_size": 1, "mpp": 0.5}
+    settings = {"batch_size": 1}
     results = []
 
     def work():
