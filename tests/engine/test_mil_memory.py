@@ -12,6 +12,7 @@ resource = pytest.importorskip("resource", reason="peak memory is measured by ge
 
 # Run by a fresh interpreter: the peak is that of its whole life.
 PROGRAM = """
+import resource, sys, torch
 from ssmamba_models.slide.aggregators import create_aggregator
 
 def peak():
