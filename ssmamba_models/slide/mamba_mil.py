@@ -56,8 +56,8 @@ class MambaMIL(Aggregator):
 
     Linear D to `dim`; `depth` blocks of `BidirectionalMamba`, each over the tiles row by row and column by column; the
     bag is the sum of a_i LN(x_i), with a = softmax(w^T tanh(V LN(x_i))), which is the "attention". Time and memory grow
-    with the number of tiles, not with its square: measured at 100,000 tiles, 13 arrays of (tiles, dim) float32 to predict
-    and 23 to train. Without coords the tiles are read in the order given, alone.
+    with the number of tiles, not with its square: at 100,000 tiles, 13 arrays of (tiles, dim) float32 to predict and 23
+    to train were measured. Without coords the tiles are read in the order given, alone.
 
     Args:
         feature_dim: D.
