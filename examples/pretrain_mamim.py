@@ -1,6 +1,6 @@
 """Pretrain an encoder by MAMIM on tiles without labels: the run that the packaged weights come from, or a quick look.
 
-python examples/pretrain_mamim.py --data lc25000 --out run    # ssmamba_tiny's packaged weights: an hour or two of a laptop
+python examples/pretrain_mamim.py --data lc25000 --out run    # ssmamba_tiny's packaged weights: an hour or two
 python examples/pretrain_mamim.py --quick --out run           # synthetic tiles and a tiny model: under a minute
 python examples/pretrain_mamim.py --data tiles --config my.yaml --out run
 
