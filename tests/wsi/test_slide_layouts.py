@@ -186,11 +186,12 @@ class TestPictures:
 
 
 MEMORY = """
-import resource, sys
+import sys
 from ssmamba_models.wsi.reader import open_slide
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage: there a child starts with its parent's peak, and a whole test suite's is high.
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:")) / 1024
 
 slides = [open_slide(sys.argv[1], backend=name, cache_bytes=2**22) for name in ("tifffile", "openslide")]
 for slide in slides:
@@ -212,7 +213,7 @@ def test_a_tiled_slide_is_never_held_whole(tmp_path):
     path = make_pyramid(tmp_path / "s.tif", (6000, 6000), 0.5, levels=(1,), content=_flat)
     run = subprocess.run([sys.executable, "-c", MEMORY, path], capture_output=True, text=True, check=True)
     # Of an overview's piece (2048 px square) there are a few copies: RGBA, RGB, and what resizing needs.
-    assert float(run.stdout) < 80
+    assert 4 < float(run.stdout) < 80
 
 
 def _flat(xs, ys):
