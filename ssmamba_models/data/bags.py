@@ -5,7 +5,6 @@ Slides whose features come from different encoders, or at another mpp or tile si
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ssmamba_models.data.csv_rows import Row, read_csv_rows
 from ssmamba_models.data.features import open_slide_features
 
 SPLITS = ("train", "val", "test")
@@ -220,7 +220,7 @@ def _some(names: Sequence[str], count: int = 3) -> str:
 
 
 def _read_labels(path: Path) -> list[dict[str, str]]:
-    header, lines = _read_csv(path)
+    header, lines = _read_labels_table(path)
     columns = {name.strip().lower(): place for place, name in enumerate(header)}
     for name in ("slide", "label"):
         if name not in columns:
@@ -245,25 +245,10 @@ def _read_labels(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header, and number and fields of each line below it; blank lines are left out."""
+def _read_labels_table(path: Path) -> tuple[list[str], list[Row]]:
     if not path.is_file():
         raise FileNotFoundError(f"the table of labels {str(path)!r} does not exist (or is a folder)")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:  # Excel writes a byte order mark
-            reader = csv.reader(file, strict=True)
-            lines = [(reader.line_num, fields) for fields in reader if any(field.strip() for field in fields)]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not UTF-8 ({error.reason}); save it as CSV UTF-8") from error
-    except csv.Error as error:
-        raise ValueError(f"{str(path)!r} is not CSV (line {reader.line_num}: {error})") from error
-    if len(lines) < 2:
-        raise ValueError(f"{str(path)!r} has no rows; expected a header and a line for each slide")
-    header = lines[0][1]
-    for number, fields in lines[1:]:
-        if len(fields) != len(header):
-            raise ValueError(f"{str(path)!r}, line {number}: {len(fields)} fields, but the header has {len(header)}")
-    return header, lines[1:]
+    return read_csv_rows(path, "slide")
 
 
 def _match(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ssmamba_models.data.csv_rows import read_csv_rows
 from ssmamba_models.data.tiles import TileFolder, find_tiles
 
 MANIFEST = "manifest.csv"
@@ -150,7 +150,7 @@ def _split_name(name: str) -> str:
 
 
 def _read_manifest(root: Path, manifest: Path) -> LabelledTiles:
-    header, rows = _read_rows(manifest)
+    header, rows = read_csv_rows(manifest, "tile")
     names = {name.strip().lower(): place for place, name in enumerate(header)}
     if "path" not in names:
         raise ValueError(
@@ -167,28 +167,6 @@ def _read_manifest(root: Path, manifest: Path) -> LabelledTiles:
     splits = columns["split"] and tuple(map(_split_name, columns["split"]))
     tiles = LabelledTiles(root, paths, columns["label"], columns["group"], splits)
     return tiles.subset(sorted(range(len(paths)), key=paths.__getitem__))
-
-
-def _read_rows(manifest: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header, and the number and fields of each line below it; blank lines are left out."""
-    try:
-        with open(manifest, encoding="utf-8-sig", newline="") as file:  # Excel writes a byte order mark
-            reader = csv.reader(file, strict=True)
-            lines = [(reader.line_num, fields) for fields in reader if any(field.strip() for field in fields)]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(manifest)!r} is not UTF-8 ({error.reason}); save it as CSV UTF-8") from error
-    except csv.Error as error:
-        raise ValueError(f"{str(manifest)!r} is not CSV (line {reader.line_num}: {error})") from error
-    if len(lines) < 2:
-        raise ValueError(f"{str(manifest)!r} has no rows; expected a header and a line for each tile")
-    header = lines[0][1]
-    for line, fields in lines[1:]:
-        if len(fields) != len(header):
-            raise ValueError(
-                f"{str(manifest)!r}, line {line}: {len(fields)} fields, but the header has {len(header)}; "
-                "quote entries that hold a comma"
-            )
-    return header, lines[1:]
 
 
 def _column(manifest: Path, rows: list[tuple[int, list[str]]], name: str, place: int) -> tuple[str, ...]:
