@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from ssmamba_models.layers.gather_rows import gather_rows, place_of_rows
 
 
 def two_way_info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
@@ -26,41 +27,16 @@ def two_way_info_nce(first: Tensor, second: Tensor, temperature: float) -> Tenso
 
     Source: InfoNCE, arXiv:1807.03748, eq. 4.
     """
-    rows = len(first) * (dist.get_world_size() if _distributed() else 1)
+    place, rows = place_of_rows(len(first))
     if rows < 2:
         raise ValueError(
             f"a contrastive loss over {rows} tile has nothing to choose from; use a larger --batch-size or fewer parts "
             "(--accumulate), or another loss (MAMIM: --set method_args.alignment=cosine)"
         )
     first, second = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
-    place = len(first) * (dist.get_rank() if _distributed() else 0)
     partner = torch.arange(place, place + len(first), device=first.device)
     # Products in bfloat16 would leave two digits of a cosine, which the temperature then magnifies.
     with torch.autocast(first.device.type, enabled=False):
-        forth = F.cross_entropy(first @ _of_all(second).T / temperature, partner)
-        back = F.cross_entropy(second @ _of_all(first).T / temperature, partner)
+        forth = F.cross_entropy(first @ gather_rows(second).T / temperature, partner)
+        back = F.cross_entropy(second @ gather_rows(first).T / temperature, partner)
     return (forth + back) / 2
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _of_all(rows: Tensor) -> Tensor:
-    return _GatherRows.apply(rows) if _distributed() else rows
-
-
-class _GatherRows(torch.autograd.Function):
-    """(B, D) of each process -> (processes * B, D) on every one; backward sums what all have for this one's rows."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:
-        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
