@@ -1,0 +1,194 @@
+"""Slide encoders on the disk and on the Hub: a folder with config.json and model.safetensors.
+
+Layout of config.json: `kind` ("slide_encoder"), `architecture` (the name in the registry), `arguments` (what it was
+made with, feature_dim included), `embed_dim`, `metadata` (what who saved it wanted to tell), and `domain` with the
+SHA-256 of the weights, as tile encoders have it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ssmamba_models._version import __version__
+from ssmamba_models.models.published import CONFIG, DOMAIN, WEIGHTS, check_folder, check_hub, file_sha256, hub_file
+from ssmamba_models.slide.slide_encoder import SlideEncoder
+
+_KIND = "slide_encoder"
+_HUB = "hf-hub:"
+
+Place = str | os.PathLike
+
+
+def save_slide_encoder(
+    encoder: SlideEncoder, folder: str | os.PathLike, metadata: Mapping[str, Any] | None = None
+) -> str:
+    """Write a slide encoder into a folder; other files there stay, an encoder there is replaced.
+
+    Each file is whole or not there, and config.json, which is put in place last, tells the SHA-256 of the weights: what
+    a killed process leaves of two encoders is refused by `load_slide_encoder`, never mixed up.
+
+    Args:
+        encoder: made by `create_slide_encoder`.
+        folder: made where it is missing.
+        metadata: what else config.json shall tell: str, numbers, lists and dicts of them.
+
+    Returns:
+        The SHA-256 of the weights.
+
+    Raises:
+        ValueError: the encoder was not made by `create_slide_encoder`, or metadata or arguments are no JSON.
+        OSError: it cannot be written.
+    """
+    if not encoder.name:
+        raise ValueError(f"{type(encoder).__name__} has no name in the registry; make it with create_slide_encoder")
+    config = {
+        "kind": _KIND,
+        "architecture": encoder.name,
+        "arguments": encoder.arguments,
+        "embed_dim": encoder.embed_dim,
+        "metadata": dict(metadata or {}),
+    }
+    try:
+        json.dumps(config, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"arguments or metadata of {encoder.name!r} cannot be stored as JSON ({error})") from error
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
+    # One entry: safetensors writes several in any order, and the same encoder should give the same bytes.
+    part = _part(folder / WEIGHTS)
+    try:
+        save_file(tensors, part, {"format": "pt"})
+        sha256 = file_sha256(part)
+        _put(part, folder / WEIGHTS)
+    finally:
+        part.unlink(missing_ok=True)
+    config[DOMAIN] = {"sha256": sha256, "embed_dim": encoder.embed_dim, "ssmamba_models_version": __version__}
+    part = _part(folder / CONFIG)
+    try:
+        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _put(part, folder / CONFIG)
+    finally:
+        part.unlink(missing_ok=True)
+    return sha256
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
+
+
+def _put(part: Path, path: Path) -> None:
+    # safetensors makes files for their owner alone.
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(part, 0o666 & ~mask)
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def load_slide_encoder(place: Place) -> SlideEncoder:
+    """Read a slide encoder back.
+
+    Args:
+        place: a folder that `save_slide_encoder` wrote, or "hf-hub:ORG/NAME[@REVISION]".
+
+    Returns:
+        The encoder on the CPU, in eval mode.
+
+    Raises:
+        ValueError: what is there is no slide encoder, or its weights do not fit.
+        OSError: it is not there, cannot be fetched, or is damaged.
+    """
+    from ssmamba_models.slide.slide_encoders import create_slide_encoder
+
+    config = read_slide_config(place)
+    feature_dim = config["arguments"].get("feature_dim")
+    return create_slide_encoder(config["architecture"], feature_dim, pretrained=place).eval()
+
+
+def read_slide_config(place: Place) -> dict[str, Any]:
+    """What config.json of a saved slide encoder says (see the module), its weights compared with their SHA-256.
+
+    Raises:
+        ValueError, OSError: as `load_slide_encoder`.
+    """
+    config_file, _ = _files(place)
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    if config.get("kind") != _KIND or not isinstance(config.get("arguments"), dict):
+        raise ValueError(
+            f"{os.fspath(place)!r} holds no slide encoder, but {config['architecture']!r}; expected what "
+            "`ssmamba slide-pretrain` writes (tile encoders are loaded by timm.create_model)"
+        )
+    return config
+
+
+def saved_arguments(place: Place, name: str, feature_dim: int) -> dict[str, Any]:
+    """The arguments, feature_dim apart, of the encoder that is saved in a place, which must be of this name and width.
+
+    Raises:
+        ValueError: it is another; otherwise as `load_slide_encoder`.
+    """
+    config = read_slide_config(place)
+    arguments = dict(config["arguments"])
+    found = arguments.pop("feature_dim", None)
+    if config["architecture"] != name:
+        raise ValueError(f"{os.fspath(place)!r} holds {config['architecture']!r}, not {name!r}; ask for that")
+    if found != feature_dim:
+        raise ValueError(
+            f"{os.fspath(place)!r} takes tile features of length {found}, and feature_dim is {feature_dim}; use "
+            "features of the tile encoder that it was trained with"
+        )
+    return arguments
+
+
+def load_weights(encoder: SlideEncoder, place: Place) -> None:
+    """Load the weights that are saved in a place into an encoder.
+
+    Raises:
+        ValueError: a tensor is missing, too many, or of another shape; otherwise as `load_slide_encoder`.
+    """
+    _, weights = _files(place)
+    try:
+        state = load_file(weights)
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ValueError(f"{str(weights)!r} is damaged, or no safetensors file ({error}); save it again") from error
+    _check_fit(encoder.state_dict(), state, f"{os.fspath(place)!r}", encoder.name)
+    encoder.load_state_dict(state)
+
+
+def _check_fit(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], where: str, name: str) -> None:
+    problems = [f"{key} is missing" for key in wanted if key not in found]
+    problems += [f"{key} is unknown" for key in found if key not in wanted]
+    problems += [
+        f"{key} has shape {tuple(found[key].shape)}, expected {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in found and found[key].shape != wanted[key].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"the weights in {where} do not fit {name!r}: {'; '.join(problems[:3])}{more}; give the arguments that it "
+            "was trained with"
+        )
+
+
+def _files(place: Place) -> tuple[Path, Path]:
+    """config.json and model.safetensors of a place, fetched where they must be, and compared."""
+    name = os.fspath(place)
+    if name.startswith(_HUB):
+        repository = name.removeprefix(_HUB)
+        check_hub(repository)
+        return hub_file(repository, CONFIG), hub_file(repository, WEIGHTS)
+    check_folder(place, weights=True)
+    return Path(place) / CONFIG, Path(place) / WEIGHTS
