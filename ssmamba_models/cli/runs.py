@@ -41,8 +41,8 @@ def report_end(result: TrainResult, closing: str, quiet: bool) -> None:
     """Say how a run ended; `closing` is the line of one that came to its end."""
     if result.unreadable:
         count = len(result.unreadable)
-        tiles = "1 tile was" if count == 1 else f"{count} tiles were"
-        click.echo(f"{tiles} unreadable and replaced by others; log.jsonl names them", err=True)
+        replaced = f"1 {result.noun} was" if count == 1 else f"{count} {result.noun}s were"
+        click.echo(f"{replaced} unreadable and replaced by others; log.jsonl names them", err=True)
     if result.stopped_by is not None:
         click.echo(
             f"stopped after step {result.step} of {result.steps}, with a checkpoint; go on with --resume", err=True

@@ -56,6 +56,7 @@ class GlobalBatches(Sampler):
         process, processes: which process of how many this is.
         accumulate: parts per process.
         weights: as `epoch_order`.
+        noun: what a tile is called where it is something else.
 
     Raises:
         ValueError: fewer tiles than a batch, or a batch that cannot be cut evenly.
@@ -72,11 +73,12 @@ class GlobalBatches(Sampler):
         processes: int = 1,
         accumulate: int = 1,
         weights: torch.Tensor | None = None,
+        noun: str = "tile",
     ):
         if count < batch_size:
-            tiles = "1 tile is" if count == 1 else f"{count} tiles are"
+            there = f"1 {noun} is" if count == 1 else f"{count} {noun}s are"
             raise ValueError(
-                f"{tiles} fewer than one batch of {batch_size}; use --batch-size {count} or less, or more tiles"
+                f"{there} fewer than one batch of {batch_size}; use --batch-size {count} or less, or more {noun}s"
             )
         if batch_size % (processes * accumulate):
             raise ValueError(
@@ -115,11 +117,11 @@ def _numbered(order: list[int]) -> list[tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
-class SeededTile:
-    """What became of one tile.
+class SeededItem:
+    """What became of one tile (or slide).
 
     Attributes:
-        views: the tensors that the transform made of it; None where no tile at all is readable.
+        views: the tensors that were made of it; None where nothing at all is readable.
         index: the tile shown; another than the one asked for where that was unreadable.
         unreadable: (index, reason) of each tile that had to be passed over.
     """
@@ -146,10 +148,58 @@ class SeededBatch:
         return SeededBatch(pinned, self.indices, self.unreadable)
 
 
-class SeededTiles(Dataset):
-    """Tiles under random views that are a function of the seed and the key of `GlobalBatches` alone.
+class SeededData(Dataset):
+    """What a training reads: views that are a function of the seed and the key of `GlobalBatches` alone.
 
-    An unreadable tile is replaced by the next readable one, so that every batch has its full size.
+    What is unreadable is replaced by the next that is readable, so that every batch has its full size. Subclasses
+    implement `views`, `name`, `sha256` and `__len__`.
+
+    Args:
+        seed: of the views.
+        where: the folder or file that the data lies in, for messages.
+
+    Attributes:
+        noun: what one of them is called, for messages.
+        traits: what `sha256` is made of, for messages.
+    """
+
+    noun, traits = "tile", "paths, labels, groups or splits"
+
+    def __init__(self, seed: int, where: str):
+        self.seed, self.where = seed, where
+
+    def views(self, index: int, seed: int) -> dict[str, Any]:
+        """Read one and make its views by draws that depend on `seed` alone (OSError, ValueError: unreadable)."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """What a log calls it."""
+        raise NotImplementedError
+
+    def sha256(self) -> str:
+        """Tells whether two runs saw the same data."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, key: tuple[int, ...]) -> SeededItem:
+        epoch, asked, *again = key
+        unreadable = []
+        for index in itertools.chain(range(asked, len(self)), range(asked)):
+            try:
+                views = self.views(index, mixed_seed(self.seed, epoch, index, *again))
+            # MemoryError, OverflowError: what resizing raises for a shape that no memory holds.
+            except (OSError, ValueError, MemoryError, OverflowError) as error:
+                unreadable.append((index, " ".join(str(error).split()) or type(error).__name__))
+                continue
+            return SeededItem(views, index, tuple(unreadable))
+        # Not raised here: what leaves a worker process as an exception arrives wrapped in a traceback.
+        return SeededItem(None, asked, tuple(unreadable))
+
+
+class SeededTiles(SeededData):
+    """Tiles under random views.
 
     Args:
         tiles: the tiles.
@@ -159,35 +209,38 @@ class SeededTiles(Dataset):
     """
 
     def __init__(self, tiles: TileFolder, transform: Callable[..., Any], seed: int, labels: list[int] | None = None):
-        self.tiles, self.transform, self.seed, self.labels = tiles, transform, seed, labels
+        super().__init__(seed, str(tiles.root))
+        self.tiles, self.transform, self.labels = tiles, transform, labels
 
     def __len__(self) -> int:
         return len(self.tiles)
 
-    def __getitem__(self, key: tuple[int, ...]) -> SeededTile:
-        epoch, asked, *again = key
-        unreadable = []
-        for index in itertools.chain(range(asked, len(self)), range(asked)):
-            try:
-                image = read_tile(self.tiles.root / self.tiles.paths[index])
-                views = self._views(image, index, mixed_seed(self.seed, epoch, index, *again))
-            # MemoryError, OverflowError: what resizing raises for a shape that no memory holds.
-            except (OSError, ValueError, MemoryError, OverflowError) as error:
-                unreadable.append((index, " ".join(str(error).split()) or type(error).__name__))
-                continue
-            return SeededTile(views, index, tuple(unreadable))
-        # Not raised here: what leaves a worker process as an exception arrives wrapped in a traceback.
-        return SeededTile(None, asked, tuple(unreadable))
+    def name(self, index: int) -> str:
+        """The tile's path."""
+        return self.tiles.paths[index]
 
-    def _views(self, image: Any, index: int, seed: int) -> Any:
+    def sha256(self) -> str:
+        """Of the list of tiles."""
+        return self.tiles.sha256()
+
+    def views(self, index: int, seed: int) -> dict[str, Any]:
+        """The transform of a tile, with its label where there are labels."""
+        image = read_tile(self.tiles.root / self.tiles.paths[index])
         views = self.transform(image, torch.Generator().manual_seed(seed))
         return views if self.labels is None else {"image": views, "label": self.labels[index]}
 
 
-def collate_seeded(items: list[SeededTile]) -> SeededBatch:
-    """Stack a batch (the `collate_fn` of a `DataLoader` over `SeededTiles`)."""
+def collate_seeded(
+    items: list[SeededItem], stack: Callable[[list[dict[str, Any]]], dict[str, Any]] = default_collate
+) -> SeededBatch:
+    """Stack a batch (the `collate_fn` of a `DataLoader` over `SeededData`).
+
+    Args:
+        items: what `SeededData` gave.
+        stack: joins the views of several; the default stacks tensors of one shape.
+    """
     return SeededBatch(
-        views=None if any(item.views is None for item in items) else default_collate([item.views for item in items]),
+        views=None if any(item.views is None for item in items) else stack([item.views for item in items]),
         indices=[item.index for item in items],
         unreadable=[bad for item in items for bad in item.unreadable],
     )

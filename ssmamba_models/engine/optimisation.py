@@ -11,7 +11,7 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from ssmamba_models.engine.train_config import TrainConfig
+from ssmamba_models.engine.train_config import LoopConfig
 from ssmamba_models.layers.dms import DirectionalSSM
 
 # Smaller sides leave orthogonalisation little to do: depthwise kernels (9), tables of a recurrence (4 directions).
@@ -36,7 +36,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return param_groups_weight_decay(module, weight_decay, no_weight_decay_list=undecayed_names(module))
 
 
-def create_optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def create_optimizer(config: LoopConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """AdamW or Muon over groups of parameters; a group's `lr_scale` (layer decay) is applied by the schedule.
 
     Raises:
@@ -49,7 +49,7 @@ def create_optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> torch
     )
 
 
-def _create_muon(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def _create_muon(config: LoopConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Source: Muon (K. Jordan, 2024), with AdamW's size of updates (arXiv:2502.16982, sec. 2.2)."""
     try:
         from timm.optim import muon
@@ -91,7 +91,7 @@ def _orthogonalize_in_float32(muon: ModuleType) -> None:
         muon.zeropower_via_newtonschulz = functools.partial(inner, dtype=torch.float32)
 
 
-def create_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:
+def create_schedule(config: LoopConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:
     """Linear warm-up, then a cosine, per update: call `step_update(updates done)` after each."""
     steps = steps_per_epoch * config.epochs
     warmup = min(round(config.warmup * steps_per_epoch), steps - 1)

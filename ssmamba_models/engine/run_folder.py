@@ -8,10 +8,10 @@ from pathlib import Path
 from ssmamba_models.data.output import is_unfinished, remove_unfinished
 from ssmamba_models.engine.checkpoints import Checkpoints
 from ssmamba_models.engine.config import config_values, load_config, save_config
-from ssmamba_models.engine.train_config import TrainConfig
+from ssmamba_models.engine.train_config import LoopConfig
 
 
-def open_run(folder: str | os.PathLike, config: TrainConfig, resume: bool) -> Path:
+def open_run(folder: str | os.PathLike, config: LoopConfig, resume: bool) -> Path:
     """Make a run folder and write its config.yaml, or check that an existing one may go on.
 
     Args:
@@ -60,7 +60,7 @@ def _check_place(run: Path, resume: bool) -> None:
         )
 
 
-def _check_same(saved: TrainConfig, config: TrainConfig, run: Path) -> None:
+def _check_same(saved: LoopConfig, config: LoopConfig, run: Path) -> None:
     before, now = config_values(saved), config_values(config)
     changed = [key for key in now if key not in config.HARMLESS and now[key] != before[key]]
     if changed:

@@ -12,18 +12,10 @@ INFINITE = math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """What a training needs to know, whatever it trains; types and ranges are checked when one is made.
+class LoopConfig:
+    """What every training needs to know, of tiles or slides; types and ranges are checked when one is made.
 
     Attributes:
-        data: folder of tiles.
-        classes: take the tiles of these classes alone; None takes all.
-        split: where the data has splits, take this one.
-        model: a timm name.
-        model_args: further arguments of `timm.create_model`.
-        drop_path_rate: stochastic depth; None takes the model's own.
-        init: where the weights come from: "none" (random), "pretrained", a file, or a run folder.
-        img_size: side of the input in pixels.
         epochs: passes over the data.
         batch_size: tiles per step, over all processes.
         accumulate: parts that each process cuts its share of a batch into, to need less memory. What compares the
@@ -46,14 +38,6 @@ class TrainConfig:
         keep_checkpoints: how many are kept.
     """
 
-    data: str
-    classes: tuple[str, ...] | None = None
-    split: str = "train"
-    model: str = "ssmamba_small"
-    model_args: dict[str, Any] = field(default_factory=dict)
-    drop_path_rate: float | None = None
-    init: str = "none"
-    img_size: int = 224
     epochs: int = 100
     batch_size: int = 256
     accumulate: int = 1
@@ -77,8 +61,6 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     RANGES: ClassVar[dict[str, tuple[float, float]]] = {
-        "drop_path_rate": (0, 0.99),
-        "img_size": (1, INFINITE),
         "epochs": (1, INFINITE),
         "batch_size": (1, INFINITE),
         "accumulate": (1, INFINITE),
@@ -97,9 +79,9 @@ class TrainConfig:
         "checkpoint_epochs": (1, INFINITE),
         "keep_checkpoints": (1, INFINITE),
     }
-    # What a resumed run may change: nothing that its numbers depend on. `data` may move; its tiles are compared.
+    # What a resumed run may change: nothing that its numbers depend on.
     HARMLESS: ClassVar[frozenset[str]] = frozenset(
-        {"data", "workers", "device", "log_every", "checkpoint_minutes", "checkpoint_steps", "checkpoint_epochs"}
+        {"workers", "device", "log_every", "checkpoint_minutes", "checkpoint_steps", "checkpoint_epochs"}
         | {"keep_checkpoints"}
     )
 
@@ -124,3 +106,36 @@ class TrainConfig:
     def warmup(self) -> float:
         """The epochs of warm-up."""
         return 0.1 * self.epochs if self.warmup_epochs is None else self.warmup_epochs
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(LoopConfig):
+    """What a training on tiles needs to know; see `LoopConfig` for what is not listed here.
+
+    Attributes:
+        data: folder of tiles.
+        classes: take the tiles of these classes alone; None takes all.
+        split: where the data has splits, take this one.
+        model: a timm name.
+        model_args: further arguments of `timm.create_model`.
+        drop_path_rate: stochastic depth; None takes the model's own.
+        init: where the weights come from: "none" (random), "pretrained", a file, or a run folder.
+        img_size: side of the input in pixels.
+    """
+
+    data: str
+    classes: tuple[str, ...] | None = None
+    split: str = "train"
+    model: str = "ssmamba_small"
+    model_args: dict[str, Any] = field(default_factory=dict)
+    drop_path_rate: float | None = None
+    init: str = "none"
+    img_size: int = 224
+
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = {
+        **LoopConfig.RANGES,
+        "drop_path_rate": (0, 0.99),
+        "img_size": (1, INFINITE),
+    }
+    # `data` may move; its tiles are compared.
+    HARMLESS: ClassVar[frozenset[str]] = LoopConfig.HARMLESS | {"data"}
