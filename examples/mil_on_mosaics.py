@@ -1,0 +1,128 @@
+"""How well aggregators find a few tumour tiles in slides assembled from real tiles: the AUC of each, with an interval.
+
+python examples/mil_on_mosaics.py --quick --out mosaics                # synthetic tiles, a tiny model: a minute
+python examples/mil_on_mosaics.py --data lc25000 --features tiles.h5 --out mosaics
+
+Slides are mosaics of --normal tiles; in positive ones 5 to 10 % of the tiles are --tumour tiles, scattered. A patient's
+tiles come from groups that no other patient has, and folds are by patient. --features is what `ssmamba embed` wrote of
+the data; without it the tiles are embedded first. OUT/aucs.md holds the table, OUT/<aggregator>/ each one's report and
+weights, and OUT/heatmap one positive slide. What is done is kept: the same line again goes on.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from ssmamba_models.data.labelled import LabelledTiles, read_tiles
+from ssmamba_models.data.mosaic_files import LABELS, draw_mosaic, write_mosaic_features
+from ssmamba_models.data.mosaics import MosaicKind, assemble_mosaics
+from ssmamba_models.data.synthetic import write_synthetic_tiles
+from ssmamba_models.data.tile_files import read_features
+from ssmamba_models.engine.embed import embed_folder
+from ssmamba_models.engine.mil import train_mil
+from ssmamba_models.engine.mil_config import MilConfig
+from ssmamba_models.evaluation.heatmap import draw_heatmap
+from ssmamba_models.evaluation.mil_report import report_mil
+
+AGGREGATORS = ("mean", "max", "abmil", "clam", "dsmil", "transmil", "mambamil")
+
+
+def tiles_and_features(arguments) -> tuple[LabelledTiles, np.ndarray, dict]:
+    """The tiles, their features (N, D) in the same order, and where these come from."""
+    file = arguments.features or arguments.out / "tiles.h5"
+    data = arguments.data or arguments.out / "tiles"
+    if arguments.quick and not data.exists():
+        write_synthetic_tiles(data, tiles_per_kind=40, size=64)
+    if not file.exists():
+        embed_folder(data, file, arguments.model, pretrained=not arguments.quick, img_size=arguments.img_size)
+    stored, tiles = read_features(file), read_tiles(data)
+    place = {path: row for row, path in enumerate(stored.paths)}
+    tiles = tiles.subset(index for index, path in enumerate(tiles.paths) if path in place)
+    return tiles, stored.features[[place[path] for path in tiles.paths]], stored.attributes
+
+
+def assemble(arguments):
+    """Write the slides, once; returns them and their tiles."""
+    tiles, features, attributes = tiles_and_features(arguments)
+    kinds = {
+        "negative": MosaicKind({arguments.normal: None}),
+        "positive": MosaicKind({arguments.normal: None, arguments.tumour: (0.05, 0.1)}),
+    }
+    shape = (arguments.cells, arguments.cells)
+    mosaics = assemble_mosaics(tiles, kinds, patients=arguments.patients, shape=shape, seed=arguments.seed)
+    folder = arguments.out / "slides"
+    if not (folder / LABELS).exists():
+        write_mosaic_features(mosaics, features, attributes, folder)
+    return mosaics, tiles, folder
+
+
+def score(name, folder, arguments):
+    """Cross-validate one aggregator; returns its report."""
+    config = MilConfig(
+        features=str(folder),
+        labels=str(folder / LABELS),
+        aggregator=name,
+        epochs=arguments.epochs,
+        lr=arguments.lr,
+        batch_size=4,
+        folds=arguments.folds,
+        seed=arguments.seed,
+    )
+    train_mil(config, arguments.out / name, resume=True, progress=False)
+    return report_mil(arguments.out / name)
+
+
+def draw(mosaics, tiles, folder, arguments):
+    """A positive slide, its tumour tiles told by the last aggregator."""
+    mosaic = next(mosaic for mosaic in mosaics if mosaic.label == "positive")
+    out = arguments.out / "heatmap"
+    out.mkdir(exist_ok=True)
+    slide = out / f"{mosaic.name}_slide.png"
+    draw_mosaic(mosaic, tiles).save(slide)
+    run = arguments.out / arguments.aggregators[-1]
+    drawn = draw_heatmap(run, folder / f"{mosaic.name}.h5", out, slide=slide, max_size=672, overwrite=True)
+    attention = drawn.scores.attention
+    tumour = np.array([tiles.labels[index] == arguments.tumour for index in mosaic.tiles.reshape(-1)])
+    found = tumour[np.argsort(-attention)[: tumour.sum()]].mean()
+    print(f"{drawn.png}: of the {tumour.sum()} tiles with most attention {found:.0%} are {arguments.tumour}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="labelled tiles, with groups if possible")
+    parser.add_argument("--features", type=Path, help="HDF5 file of `ssmamba embed`; made if not given")
+    parser.add_argument("--model", default="ssmamba_small", help="to embed with; default: %(default)s")
+    parser.add_argument("--img-size", type=int, default=96, help="to embed at; default: %(default)s")
+    parser.add_argument("--normal", default="lung_n", help="class of the tissue; default: %(default)s")
+    parser.add_argument("--tumour", default="lung_aca", help="class of the few tiles; default: %(default)s")
+    parser.add_argument("--patients", type=int, default=60, help="with two slides each; default: %(default)s")
+    parser.add_argument("--cells", type=int, default=12, help="tiles along a slide's side; default: %(default)s")
+    parser.add_argument("--aggregators", nargs="+", default=list(AGGREGATORS), help="default: %(default)s")
+    parser.add_argument("--folds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=30, help="default: %(default)s")
+    parser.add_argument("--lr", type=float, default=3e-4, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the slides, the runs and the table")
+    parser.add_argument("--quick", action="store_true", help="synthetic tiles, a tiny model with random weights")
+    arguments = parser.parse_args()
+    if not arguments.quick and not arguments.data:
+        parser.error("give --data FOLDER, or --quick to look at synthetic tiles")
+    if arguments.quick:
+        arguments.data, arguments.model, arguments.img_size = None, "test_ssmamba", 64
+        arguments.normal, arguments.tumour, arguments.patients, arguments.cells = "stroma", "solid", 12, 6
+        arguments.aggregators, arguments.folds, arguments.epochs = ["mean", "abmil"], 3, 6
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    mosaics, tiles, folder = assemble(arguments)
+    lines = ["| aggregator | AUC (95 %) | macro-F1 (95 %) |", "| --- | --- | --- |"]
+    for name in arguments.aggregators:
+        metrics = score(name, folder, arguments)["metrics"]
+        cells = [f"{m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f})" for m in (metrics["auc"], metrics["macro_f1"])]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    (arguments.out / "aucs.md").write_text("\n".join([*lines, ""]))
+    draw(mosaics, tiles, folder, arguments)
+
+
+if __name__ == "__main__":
+    main()
