@@ -120,6 +120,11 @@ def save_weights(path: str | os.PathLike, state: Mapping[str, torch.Tensor], met
     sync_folder(Path(path).parent)
 
 
+def save_run_weights(run: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write RUN/weights.safetensors (see `save_weights`)."""
+    save_weights(run / "weights.safetensors", state, metadata)
+
+
 def plain_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """A module's state dict as an ordinary dict, which any version of torch reads with weights_only."""
     return dict(module.state_dict())

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from ssmamba_models.data.batches import read_batches
 from ssmamba_models.data.seeded import GlobalBatches, SeededBatch, SeededData, collate_seeded, mixed_seed
-from ssmamba_models.engine.checkpoints import Checkpoints, plain_state, save_weights
+from ssmamba_models.engine.checkpoints import Checkpoints, plain_state, save_run_weights
 from ssmamba_models.engine.clock import Clock
 from ssmamba_models.engine.config import config_values
 from ssmamba_models.engine.optimisation import create_optimizer, create_schedule, parameter_groups
@@ -34,7 +34,8 @@ class Task:
     Attributes:
         module: maps a batch of views to a dict of scalars; "loss" is minimised, the others are logged.
         data: the tiles, or whatever else, and their views.
-        export: module -> (state dict, metadata) of RUN/weights.safetensors.
+        export: module -> (what is saved of it, metadata); by default a state dict.
+        save: writes (run folder, what is saved, metadata); by default RUN/weights.safetensors.
         groups: groups of parameters; None makes them by weight decay.
         epoch_end: called on every process with (epoch counted from 1, module to look at, in eval mode, log); returns
             what to log. FloatingPointError: what it looked at is not finite.
@@ -47,13 +48,14 @@ class Task:
 
     module: nn.Module
     data: SeededData
-    export: Callable[[nn.Module], tuple[dict[str, torch.Tensor], dict[str, str]]]
+    export: Callable[[nn.Module], tuple[Any, dict[str, Any]]]
     groups: list[dict[str, Any]] | None = None
     epoch_end: Callable[[int, nn.Module, RunLog], Mapping[str, Any]] | None = None
     weights: torch.Tensor | None = None
     memory: Any = None
     collate: Callable[..., SeededBatch] = collate_seeded
     images: bool = True
+    save: Callable[[Path, Any, dict[str, Any]], Any] = save_run_weights
 
 
 @dataclass
@@ -391,8 +393,8 @@ class Trainer:
     def _export(self) -> None:
         if self.accelerator.is_main_process:
             module = self.module if self.ema is None else self.ema.module
-            weights, metadata = self.task.export(module)
-            save_weights(self.run / "weights.safetensors", weights, {**metadata, "step": str(self.state.step)})
+            saved, metadata = self.task.export(module)
+            self.task.save(self.run, saved, {**metadata, "step": str(self.state.step)})
 
 
 def global_batches(
