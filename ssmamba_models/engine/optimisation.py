@@ -37,13 +37,18 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def create_optimizer(config: LoopConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW or Muon over groups of parameters; a group's `lr_scale` (layer decay) is applied by the schedule.
+    """AdamW, Muon or SGD over groups of parameters; a group's `lr_scale` (layer decay) is applied by the schedule.
 
     Raises:
         ValueError: this timm has no Muon.
     """
     if config.optimizer == "muon":
         return _create_muon(config, groups)
+    if config.optimizer == "sgd":
+        # timm's "sgd" is Nesterov's.
+        return create_optimizer_v2(
+            groups, opt="momentum", lr=config.peak_lr, weight_decay=config.weight_decay, momentum=config.betas[0]
+        )
     return create_optimizer_v2(
         groups, opt="adamw", lr=config.peak_lr, weight_decay=config.weight_decay, betas=config.betas, fused=True
     )

@@ -24,8 +24,10 @@ class LoopConfig:
         min_lr: where the cosine ends.
         warmup_epochs: of linear rise; None takes a tenth of the epochs.
         optimizer: "adamw", or "muon" (needs timm 1.0.22): matrices by orthogonalised momentum, the rest by AdamW, with
-            the same learning rates. More work per step, most of it independent of the batch, and fewer steps.
-        betas, weight_decay: of AdamW; norms, biases and what the model names are not decayed.
+            the same learning rates. More work per step, most of it independent of the batch, and fewer steps. Or "sgd":
+            with classical momentum, the first of `betas`.
+        betas: of the optimiser's averages; "sgd" has the first alone.
+        weight_decay: norms, biases and what the model names are not decayed. That of "sgd" is an l2 penalty.
         clip_grad: largest norm of the gradient; None does not clip.
         ema_decay: of an exponential moving average of the weights, which is then what is exported; None keeps none.
         precision: "fp32", "bf16" (autocast), or "auto": bf16 where a GPU computes in it.
@@ -45,7 +47,7 @@ class LoopConfig:
     base_lr: float = 1.5e-4
     min_lr: float = 0.0
     warmup_epochs: float | None = None
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
     clip_grad: float | None = 1.0
