@@ -206,11 +206,19 @@ class SeededTiles(SeededData):
         transform: (PIL RGB image, torch.Generator) -> dict of tensors; draws from that generator alone.
         seed: of the views.
         labels: N class indices; the transform then returns one tensor, and the views are `image` and `label`.
+        indexed: the views also hold `index`, the place in `tiles` of the tile that they show.
     """
 
-    def __init__(self, tiles: TileFolder, transform: Callable[..., Any], seed: int, labels: list[int] | None = None):
+    def __init__(
+        self,
+        tiles: TileFolder,
+        transform: Callable[..., Any],
+        seed: int,
+        labels: list[int] | None = None,
+        indexed: bool = False,
+    ):
         super().__init__(seed, str(tiles.root))
-        self.tiles, self.transform, self.labels = tiles, transform, labels
+        self.tiles, self.transform, self.labels, self.indexed = tiles, transform, labels, indexed
 
     def __len__(self) -> int:
         return len(self.tiles)
@@ -227,7 +235,8 @@ class SeededTiles(SeededData):
         """The transform of a tile, with its label where there are labels."""
         image = read_tile(self.tiles.root / self.tiles.paths[index])
         views = self.transform(image, torch.Generator().manual_seed(seed))
-        return views if self.labels is None else {"image": views, "label": self.labels[index]}
+        views = views if self.labels is None else {"image": views, "label": self.labels[index]}
+        return {**views, "index": index} if self.indexed else views
 
 
 def collate_seeded(
