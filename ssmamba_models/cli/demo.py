@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import torch
 from PIL import Image
+from timm.models import get_pretrained_cfg, is_model
 
 from ssmamba_models.cli.warn import plain_warnings
 from ssmamba_models.data.output import check_output, whole_file
@@ -26,7 +27,11 @@ _FORMATS = ", ".join(_SUFFIXES)
     "--out", default="ssmamba_demo.png", show_default=True, type=click.Path(), help=f"Picture to write ({_FORMATS})."
 )
 @click.option("--model", default="ssmamba_small", show_default=True, help="Ours, or any timm name.")
-@click.option("--pretrained", is_flag=True, help="Use the model's published weights.")
+@click.option(
+    "--pretrained/--random",
+    default=None,
+    help="The model's trained weights, or random ones. Default: trained ones where the package holds them.",
+)
 @click.option("--checkpoint", type=click.Path(), help="Use the weights of this .safetensors or .pth file.")
 @click.option(
     "--img-size",
@@ -41,7 +46,7 @@ def command(
     image: str | None,
     out: str,
     model: str,
-    pretrained: bool,
+    pretrained: bool | None,
     checkpoint: str | None,
     img_size: int,
     point: tuple[int, int] | None,
@@ -53,6 +58,8 @@ def command(
     """
     _check_picture(out)
     source = _read(image) if image else synthetic_he(img_size, seed=18)
+    if pretrained is None:
+        pretrained = checkpoint is None and _packaged(model)
     with plain_warnings():
         encoder = load_encoder(model, pretrained=pretrained, checkpoint=checkpoint, device=device, img_size=img_size)
     images = encoder.transform(source)[None]
@@ -65,6 +72,12 @@ def command(
     click.echo(f"{model} on {name} ({images.shape[3]} x {images.shape[2]} px, {encoder.device})")
     click.echo(f"features {tuple(features.shape)} in {seconds * 1000:.0f} ms; tokens {tuple(tokens.shape)}")
     click.echo(f"picture  {Path(out).resolve()}")
+
+
+def _packaged(model: str) -> bool:
+    """Whether the package itself holds weights of this name: no network is needed."""
+    name = model.split(".")[0]
+    return is_model(name) and bool(get_pretrained_cfg(model).file)
 
 
 def _check_picture(out: str) -> None:

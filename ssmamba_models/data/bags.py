@@ -17,6 +17,7 @@ import numpy as np
 
 from ssmamba_models.data.csv_rows import Row, read_csv_rows
 from ssmamba_models.data.features import open_slide_features
+from ssmamba_models.data.provenance import same_provenance
 
 SPLITS = ("train", "val", "test")
 # What makes features comparable: of the provenance, and of the geometry.
@@ -178,7 +179,7 @@ def check_same_provenance(provenances: Mapping[str, Mapping[str, Any]]) -> dict[
     first, common = next(iter(provenances.items()))
     for slide, provenance in provenances.items():
         for key, value in provenance.items():
-            if value != common[key]:
+            if not same_provenance(key, value, common[key]):
                 raise ValueError(
                     f"the features of {first!r} and {slide!r} do not belong together: {key} is {common[key]!r} and "
                     f"{value!r}; extract all slides with one model, weights, mpp and tile size, or keep them in "

@@ -42,13 +42,14 @@ def mixed_provenance(provenances: Mapping[Key, Mapping[str, Any]]) -> dict[Key, 
         usual_text = counts.most_common(1)[0][0]
         usual = next(value for value in values.values() if repr(value) == usual_text)
         for key, value in values.items():
-            if not _same(name, value, usual):
+            if not same_provenance(name, value, usual):
                 line = f"{name} is {value!r}, but {usual!r} in {counts[usual_text]} files of the folder"
                 mixed.setdefault(key, []).append(line)
     return mixed
 
 
-def _same(name: str, value: Any, usual: Any) -> bool:
+def same_provenance(name: str, value: Any, usual: Any) -> bool:
+    """Whether two files agree in a field: sizes that were computed may differ by what rounding makes of them."""
     if name == "target_mpp":
         return math.isclose(value, usual, rel_tol=_MPP_TOLERANCE)
     return value == usual

@@ -58,8 +58,9 @@ class TileGrid:
 
     @property
     def mpp_error(self) -> float:
-        """Delivered less target mpp: rounding of floating point only, as fields of view are not rounded to pixels."""
-        return self.delivered_mpp - self.target_mpp
+        """Delivered less target mpp in um per px: 0, as fields of view are not rounded to pixels."""
+        # A femtometre: what floating point leaves of numbers that are equal.
+        return round(self.delivered_mpp - self.target_mpp, 9) + 0.0
 
     @property
     def upsampled(self) -> bool:

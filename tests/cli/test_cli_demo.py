@@ -31,6 +31,14 @@ def test_with_an_image_and_a_point_and_over_an_older_picture(ssmamba, tmp_path):
         assert str(image) in result.stdout
 
 
+def test_packaged_weights_are_used_unless_random_ones_are_asked_for(ssmamba, tmp_path):
+    few = ("--out", tmp_path / "o.png", "--model", "ssmamba_tiny", "--img-size", 64)
+    for more, random in ((), False), (("--random",), True), (("--pretrained",), False):
+        result = ssmamba("demo", *few, *more)
+        assert result.exit_code == 0, result.output
+        assert ("random weights" in result.stderr) is random
+
+
 def test_help_names_the_formats_and_each_is_written(ssmamba, tmp_path):
     said = ssmamba("demo", "--help").stdout
     for suffix in (".png", ".jpg", ".tif", ".webp"):

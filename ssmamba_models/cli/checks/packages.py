@@ -31,7 +31,6 @@ MINIMUM = {"torch": (2, 6), "timm": (1, 0, 20)}
 OPTIONAL = {
     "h5py": "wsi",
     "openslide": "wsi",
-    "tiffslide": "wsi",
     "tifffile": "wsi",
     "sklearn": "eval",
     "scipy": "eval",
