@@ -18,7 +18,7 @@ import pytest
 import ssmamba_models
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONAL = ("h5py", "matplotlib", "sklearn", "scipy", "pandas", "openslide", "tiffslide", "tifffile", "triton",
+OPTIONAL = ("h5py", "matplotlib", "sklearn", "scipy", "pandas", "openslide", "tifffile", "triton",
             "mamba_ssm", "selective_scan_cuda", "causal_conv1d")  # fmt: skip
 
 
