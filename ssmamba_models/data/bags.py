@@ -8,18 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ssmamba_models.data.csv_rows import Row, read_csv_rows
 from ssmamba_models.data.features import open_slide_features
 from ssmamba_models.data.provenance import same_provenance
+from ssmamba_models.data.slide_labels import check_slide_labels, match_slides, read_slide_labels, some_names
 
-SPLITS = ("train", "val", "test")
 # What makes features comparable: of the provenance, and of the geometry.
 _PROVENANCE = ("model", "weights_sha256", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _GEOMETRY = ("target_mpp", "patch_size", "overlap")
@@ -37,6 +36,7 @@ class Bag:
         label: name of its class; None where it is not known.
         patient: whose slide it is; never divided between training and testing.
         split: "train", "val", "test", or None.
+        patch_size_level0: side of a tile in level-0 pixels; None where it was not read.
     """
 
     slide: str
@@ -45,6 +45,7 @@ class Bag:
     label: str | None = None
     patient: str | None = None
     split: str | None = None
+    patch_size_level0: float | None = None
 
     def read(self, places: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Read the tiles, or some of them; memory is that of what is asked for.
@@ -126,7 +127,7 @@ def open_bag(path: str | os.PathLike) -> tuple[Bag, dict[str, Any]]:
         attributes = {key: file.attributes.get(key) for key in _PROVENANCE}
         geometry = {key: file.coords_attributes[key] for key in _GEOMETRY}
         provenance = {"feature_dim": file.embed_dim, **_plain(attributes), **geometry}
-        return Bag(Path(path).stem, Path(path), len(file)), provenance
+        return Bag(Path(path).stem, Path(path), len(file), patch_size_level0=file.patch_size_level0), provenance
 
 
 def read_bags(features: str | os.PathLike, labels: str | os.PathLike, *, skip_missing: bool = False) -> Bags:
@@ -134,8 +135,7 @@ def read_bags(features: str | os.PathLike, labels: str | os.PathLike, *, skip_mi
 
     Args:
         features: folder of feature files, `<slide>.h5`.
-        labels: CSV with the columns `slide` and `label` and, each optional, `patient` (else each slide is a patient of
-            its own) and `split` (train, val, test); others are ignored. A slide may have its file's suffix.
+        labels: CSV, as `read_slide_labels`. A slide may have its file's suffix.
         skip_missing: leave out slides without a feature file, instead of refusing.
 
     Returns:
@@ -148,20 +148,19 @@ def read_bags(features: str | os.PathLike, labels: str | os.PathLike, *, skip_mi
             different provenance.
         ImportError: h5py is missing.
     """
-    rows = _read_labels(Path(labels))
+    rows = read_slide_labels(labels)
     files = {path.stem: path for path in feature_files(features)}
-    found, missing = _match(rows, files, Path(labels))
+    found, missing = match_slides(rows, files, labels)
     if missing and (not skip_missing or not found):
         raise FileNotFoundError(
             f"{len(missing)} of the {len(rows)} slides in {str(labels)!r} have no feature file in {str(features)!r} "
-            f"({_some(missing)}); extract them, take them out of the table, or leave them out with --skip-missing"
+            f"({some_names(missing)}); extract them, take them out of the table, or leave them out with --skip-missing"
         )
+    check_slide_labels(found, labels)
     opened = {slide: open_bag(files[slide]) for slide in sorted(found)}
     common = check_same_provenance({slide: provenance for slide, (_, provenance) in opened.items()})
     bags = tuple(replace(bag, **found[slide]) for slide, (bag, _) in opened.items())
-    whole = Bags(Path(features), bags, common["feature_dim"], common, tuple(sorted(set(files) - set(found))), missing)
-    _check_labels(whole, Path(labels))
-    return whole
+    return Bags(Path(features), bags, common["feature_dim"], common, tuple(sorted(set(files) - set(found))), missing)
 
 
 def check_same_provenance(provenances: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -202,7 +201,7 @@ def feature_files(features: str | os.PathLike) -> list[Path]:
     files = sorted(path for path in folder.glob("*.h5") if not path.name.startswith("."))
     if not files:
         below = sorted({str(path.parent) for depth in ("*/*.h5", "*/*/*.h5") for path in folder.glob(depth)})
-        hint = f"give one of the folders below: {_some(below)}" if below else "`ssmamba extract` makes them"
+        hint = f"give one of the folders below: {some_names(below)}" if below else "`ssmamba extract` makes them"
         raise FileNotFoundError(f"no feature file (*.h5) lies in {str(folder)!r}; {hint}")
     return files
 
@@ -210,80 +209,3 @@ def feature_files(features: str | os.PathLike) -> list[Path]:
 def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Values that JSON gives back as they are: a model file keeps them."""
     return json.loads(json.dumps(attributes, default=lambda value: np.asarray(value).tolist()))
-
-
-def _some(names: Sequence[str], count: int = 3) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(map(repr, names[:count])) + more
-
-
-# ---- the table of labels ----
-
-
-def _read_labels(path: Path) -> list[dict[str, str]]:
-    header, lines = _read_labels_table(path)
-    columns = {name.strip().lower(): place for place, name in enumerate(header)}
-    for name in ("slide", "label"):
-        if name not in columns:
-            raise ValueError(
-                f"{str(path)!r} has no column {name!r} (its columns: {', '.join(header)}); expected a first line such "
-                "as slide,label,patient,split, separated by commas"
-            )
-    wanted = {name: columns[name] for name in ("slide", "label", "patient", "split") if name in columns}
-    rows = []
-    for number, fields in lines:
-        row = {name: fields[place].strip() for name, place in wanted.items()}
-        for name, value in row.items():
-            if not value:
-                raise ValueError(f"{str(path)!r}, line {number}: the {name} is empty; fill it in or take the line out")
-        if "split" in row:
-            row["split"] = row["split"].lower()
-            if row["split"] not in SPLITS:
-                raise ValueError(
-                    f"{str(path)!r}, line {number}: the split is {row['split']!r}, expected train, val or test"
-                )
-        rows.append(row)
-    return rows
-
-
-def _read_labels_table(path: Path) -> tuple[list[str], list[Row]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"the table of labels {str(path)!r} does not exist (or is a folder)")
-    return read_csv_rows(path, "slide")
-
-
-def _match(
-    rows: Iterable[Mapping[str, str]], files: Mapping[str, Path], table: Path
-) -> tuple[dict[str, dict[str, str | None]], tuple[str, ...]]:
-    """Label, patient and split of the slides that have a file, by the file's stem; and the names without one."""
-    found: dict[str, dict[str, str | None]] = {}
-    missing: dict[str, None] = {}
-    for row in rows:
-        slide = next((name for name in _names(row["slide"]) if name in files), row["slide"])
-        if slide in found or slide in missing:
-            raise ValueError(f"{str(table)!r} names the slide {row['slide']!r} twice; a slide has one line")
-        if slide not in files:
-            missing[slide] = None
-            continue
-        found[slide] = {"label": row["label"], "patient": row.get("patient", slide), "split": row.get("split")}
-    return found, tuple(missing)
-
-
-def _names(slide: str) -> tuple[str, ...]:
-    """A slide's name as it is, without its suffix, and without both of .ome.tif."""
-    stem = Path(slide).stem
-    return slide, stem, Path(stem).stem
-
-
-def _check_labels(bags: Bags, table: Path) -> None:
-    if len(bags.classes) < 2:
-        raise ValueError(
-            f"all slides in {str(table)!r} that have features are of class {bags.classes[0]!r}; two are needed"
-        )
-    split_of: dict[str, str | None] = {}
-    for bag in bags.bags:
-        if split_of.setdefault(bag.patient, bag.split) != bag.split:
-            raise ValueError(
-                f"the patient {bag.patient!r} is in two splits, {split_of[bag.patient]!r} and {bag.split!r}: what is "
-                f"learned from one slide would be tested on the other; give all slides one split in {str(table)!r}"
-            )
