@@ -11,6 +11,7 @@ from timm.layers import LayerNorm, trunc_normal_
 from torch import Tensor, nn
 
 from ssmamba_models.layers.dms import pool_hold
+from ssmamba_models.layers.vector_spread import vector_spread
 from ssmamba_models.models.ssmamba import Block, SSMamba
 from ssmamba_models.ssl.info_nce import two_way_info_nce
 
@@ -312,16 +313,7 @@ def feature_spread(maps: Tensor) -> dict[str, Tensor]:
         centred pooled features, exp of the entropy of the normalised singular values. Both are NaN where a feature is
         not finite.
     """
-    pooled = maps.float().mean((1, 2))
-    if not pooled.isfinite().all():
-        # The decomposition would raise an error of its own, and hide that the training diverged.
-        return dict.fromkeys(("feature_cosine", "feature_rank"), pooled.new_tensor(torch.nan))
-    count = len(pooled)
-    unit = F.normalize(pooled, dim=-1)
-    cosine = (unit.sum(0).square().sum() - count) / max(count * (count - 1), 1)
-    values = torch.linalg.svdvals(pooled - pooled.mean(0))
-    share = values / values.sum().clamp_min(1e-12)
-    return {"feature_cosine": cosine, "feature_rank": torch.special.entr(share).sum().exp()}
+    return vector_spread(maps.float().mean((1, 2)))
 
 
 def _enlarge(mask: Tensor, factor: int) -> Tensor:
