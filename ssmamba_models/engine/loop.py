@@ -37,6 +37,7 @@ class Task:
         export: module -> (what is saved of it, metadata); by default a state dict.
         save: writes (run folder, what is saved, metadata); by default RUN/weights.safetensors.
         groups: groups of parameters; None makes them by weight decay.
+        step_start: called on every process before each step with (epochs done, steps done).
         epoch_end: called on every process with (epoch counted from 1, module to look at, in eval mode, log); returns
             what to log. FloatingPointError: what it looked at is not finite.
         weights: (N,) chances of each tile to be drawn, with replacement; None visits each tile once an epoch.
@@ -50,6 +51,7 @@ class Task:
     data: SeededData
     export: Callable[[nn.Module], tuple[Any, dict[str, Any]]]
     groups: list[dict[str, Any]] | None = None
+    step_start: Callable[[int, int], None] | None = None
     epoch_end: Callable[[int, nn.Module, RunLog], Mapping[str, Any]] | None = None
     weights: torch.Tensor | None = None
     memory: Any = None
@@ -178,6 +180,8 @@ class Trainer:
     def _step(self, batches: Iterator[SeededBatch], clock: Clock, signals: StopSignals) -> dict[str, float]:
         """One update; returns the global batch's means of what the module gave, and what all processes agree on."""
         sums: dict[str, torch.Tensor] = {}
+        if self.task.step_start is not None:
+            self.task.step_start(self.epoch, self.state.step)
         for micro in range(self.config.accumulate):
             with clock.waiting():
                 batch = next(batches)
