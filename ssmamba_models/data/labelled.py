@@ -116,9 +116,7 @@ def read_tiles(folder: str | os.PathLike) -> LabelledTiles:
     """
     root = Path(folder)
     manifest = root / MANIFEST
-    tiles = _read_manifest(root, manifest) if manifest.is_file() else _read_folders(root)
-    _check_groups(tiles)
-    return tiles
+    return read_manifest(manifest) if manifest.is_file() else _read_folders(root)
 
 
 def _read_folders(root: Path) -> LabelledTiles:
@@ -149,7 +147,9 @@ def _split_name(name: str) -> str:
     return _SPLIT_ALIASES.get(lower, lower if lower in _SPLIT_FOLDERS else name)
 
 
-def _read_manifest(root: Path, manifest: Path) -> LabelledTiles:
+def read_manifest(manifest: Path) -> LabelledTiles:
+    """The tiles that a manifest lists; raises as `read_tiles`, which reads the manifest of a folder."""
+    root = manifest.parent
     header, rows = read_csv_rows(manifest, "tile")
     names = {name.strip().lower(): place for place, name in enumerate(header)}
     if "path" not in names:
@@ -160,16 +160,20 @@ def _read_manifest(root: Path, manifest: Path) -> LabelledTiles:
     label = next((name for name in LABEL_COLUMNS if name in names), None)
     wanted = {"path": "path", "label": label, "group": "group", "split": "split"}
     columns = {
-        key: _column(manifest, rows, name, names[name]) if name in names else None for key, name in wanted.items()
+        key: manifest_column(manifest, rows, name, names[name]) if name in names else None
+        for key, name in wanted.items()
     }
-    paths = [_tile_path(root, manifest, line, text) for (line, _), text in zip(rows, columns["path"])]
+    paths = [tile_path(root, manifest, line, text) for (line, _), text in zip(rows, columns["path"])]
     _check_paths(root, manifest, paths)
     splits = columns["split"] and tuple(map(_split_name, columns["split"]))
     tiles = LabelledTiles(root, paths, columns["label"], columns["group"], splits)
-    return tiles.subset(sorted(range(len(paths)), key=paths.__getitem__))
+    tiles = tiles.subset(sorted(range(len(paths)), key=paths.__getitem__))
+    _check_groups(tiles)
+    return tiles
 
 
-def _column(manifest: Path, rows: list[tuple[int, list[str]]], name: str, place: int) -> tuple[str, ...]:
+def manifest_column(manifest: Path, rows: list[tuple[int, list[str]]], name: str, place: int) -> tuple[str, ...]:
+    """The entries of one column (ValueError: one is empty)."""
     values = tuple(fields[place].strip() for _, fields in rows)
     for (line, _), value in zip(rows, values):
         if not value:
@@ -177,7 +181,8 @@ def _column(manifest: Path, rows: list[tuple[int, list[str]]], name: str, place:
     return values
 
 
-def _tile_path(root: Path, manifest: Path, line: int, text: str) -> str:
+def tile_path(root: Path, manifest: Path, line: int, text: str) -> str:
+    """A tile's path as `LabelledTiles` has it (ValueError: it leads out of the folder)."""
     # A manifest from Windows has backslashes, which elsewhere are letters of a name.
     if "\\" in text and not (root / text).exists():
         text = text.replace("\\", "/")

@@ -219,6 +219,7 @@ class SeededTiles(SeededData):
     ):
         super().__init__(seed, str(tiles.root))
         self.tiles, self.transform, self.labels, self.indexed = tiles, transform, labels, indexed
+        self.traits = getattr(tiles, "traits", self.traits)
 
     def __len__(self) -> int:
         return len(self.tiles)
