@@ -82,6 +82,14 @@ def slide_geometry(
     )
 
 
+def spread_geometry(geometry: PamaGeometry, mask: Tensor, polar_bins: int = 8) -> PamaGeometry:
+    """The geometry of a slide whose tiles stand where mask (N,) is True, others being padding."""
+    distance = geometry.distance.new_zeros(len(geometry.anchors), len(mask))
+    polar = torch.full_like(distance, polar_bins)
+    distance[:, mask], polar[:, mask] = geometry.distance, geometry.polar
+    return PamaGeometry(mask.nonzero()[:, 0][geometry.anchors], distance, polar, geometry.anchor_mask)
+
+
 def stack_geometry(slides: Sequence[PamaGeometry], polar_bins: int = 8) -> PamaGeometry:
     """Several slides as a batch: B slides, padded to the most anchors and tiles; padding has no direction."""
     return PamaGeometry(

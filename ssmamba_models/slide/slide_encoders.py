@@ -14,7 +14,10 @@ from ssmamba_models.slide.slide_encoder import SlideEncoder
 _ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gigassl_scm": ("gigassl", "GigaSSLSparse", {}),
     "gigassl_mlp": ("gigassl", "GigaSSLMlp", {}),
+    "pama_base": ("pama", "PAMA", {"embed_dim": 1024, "depth": 4, "num_heads": 8}),
+    "pama_small": ("pama", "PAMA", {"embed_dim": 512, "depth": 4, "num_heads": 8}),
     "test_gigassl": ("gigassl", "GigaSSLSparse", {"embed_dim": 16}),
+    "test_pama": ("pama", "PAMA", {"embed_dim": 16, "depth": 2, "num_heads": 2, "tiles_per_anchor": 8}),
 }
 
 
