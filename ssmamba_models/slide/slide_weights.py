@@ -163,11 +163,23 @@ def load_weights(encoder: SlideEncoder, place: Place) -> None:
         if type(error).__name__ != "SafetensorError":
             raise
         raise ValueError(f"{str(weights)!r} is damaged, or no safetensors file ({error}); save it again") from error
-    _check_fit(encoder.state_dict(), state, f"{os.fspath(place)!r}", encoder.name)
+    cure = "give the arguments that it was trained with"
+    check_fit(encoder.state_dict(), state, f"the weights in {os.fspath(place)!r}", encoder.name, cure)
     encoder.load_state_dict(state)
 
 
-def _check_fit(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], where: str, name: str) -> None:
+def check_fit(
+    wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], what: str, name: str, cure: str
+) -> None:
+    """Make sure that a state dict has the names and shapes that an encoder wants.
+
+    Args:
+        wanted, found: the state dicts.
+        what, name, cure: for the message: what was found, the name of the encoder, and what to do.
+
+    Raises:
+        ValueError: a tensor is missing, too many, or of another shape.
+    """
     problems = [f"{key} is missing" for key in wanted if key not in found]
     problems += [f"{key} is unknown" for key in found if key not in wanted]
     problems += [
@@ -177,10 +189,7 @@ def _check_fit(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Ten
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"the weights in {where} do not fit {name!r}: {'; '.join(problems[:3])}{more}; give the arguments that it "
-            "was trained with"
-        )
+        raise ValueError(f"{what} do not fit {name!r}: {'; '.join(problems[:3])}{more}; {cure}")
 
 
 def _files(place: Place) -> tuple[Path, Path]:
