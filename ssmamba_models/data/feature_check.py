@@ -152,18 +152,29 @@ def _rows_problems(file: SlideFeatureFile) -> Iterator[Problem]:
         yield from _values_problems(file.grid, "token maps", zero=False)
 
 
-def _values_problems(values, what: str, zero: bool) -> Iterator[Problem]:
+def _bags_problems(file: SlideFeatureFile) -> Iterator[Problem]:
+    if file.bags is None:
+        return
+    yield from _values_problems(file.bags.features, "features in bags", zero=True, unit="bags")
+    known = {tuple(place) for place in file.coords.tolist()}
+    strange = [bag for bag, (_, coords) in enumerate(file.bags) if not known.issuperset(map(tuple, coords.tolist()))]
+    if strange:
+        yield Problem("outside", f"{len(strange)} bags have tiles that the slide has not (first: bag {strange[0]})")
+
+
+def _values_problems(values, what: str, zero: bool, unit: str = "tiles") -> Iterator[Problem]:
     faults = {"nan": _Rows(), "infinite": _Rows(), **({"zero": _Rows()} if zero else {})}
     for block in row_blocks(len(values), 4 * math.prod(values.shape[1:])):
-        rows = values[block].reshape(block.stop - block.start, -1)
+        read = values[block]
+        rows = read.reshape(len(read), -1)
         faults["nan"].add(np.isnan(rows).any(axis=1), block.start)
         faults["infinite"].add(np.isinf(rows).any(axis=1), block.start)
         if zero:
-            faults["zero"].add(~rows.any(axis=1), block.start)
+            faults["zero"].add(~read.any(axis=-1).reshape(len(read), -1).all(axis=1), block.start)
     for kind, found in faults.items():
         if found.count:
             word = {"nan": "with NaN", "infinite": "with infinite values", "zero": "that are all zero"}[kind]
-            yield Problem(kind, f"{what} of {found.count} of {len(values)} tiles {word} (first: row {found.first})")
+            yield Problem(kind, f"{what} of {found.count} of {len(values)} {unit} {word} (first: row {found.first})")
 
 
-_CHECKS = (_provenance_problems, _geometry_problems, _coords_problems, _rows_problems)
+_CHECKS = (_provenance_problems, _geometry_problems, _coords_problems, _rows_problems, _bags_problems)

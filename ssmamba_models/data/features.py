@@ -1,9 +1,10 @@
 """Slide feature files: the features of a slide's N tiles in one HDF5 file that says where they lie and come from.
 
 Layout: `features` (N, D) float32 or float16, `coords` (N, 2) int64 level-0 pixels (x, y) of the tiles' top-left
-corners, by choice `grid` (N, h, w, D) token maps. The geometry (see `tile_geometry.GEOMETRY`) stands as attributes on
-`coords`, the provenance (model, weights, transform, versions) as attributes on the file. Nothing in it depends on the
-time, the machine's paths or the size of the batches, so the same features give the same bytes.
+corners, by choice `grid` (N, h, w, D) token maps and `bags` of shared augmentation (see `feature_bags`). The geometry
+(see `tile_geometry.GEOMETRY`) stands as attributes on `coords`, the provenance (model, weights, transform, versions) as
+attributes on the file. Nothing in it depends on the time, the machine's paths or the size of the batches, so the same
+features give the same bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ssmamba_models.data.careful_file import CarefulFile, create_hdf5
+from ssmamba_models.data.feature_bags import BAG_COORDS, BAG_FEATURES, FeatureBags, find_bags
 from ssmamba_models.data.hdf5 import RowWriter, open_hdf5, plain_attributes, require_h5py, write_attributes
 from ssmamba_models.data.output import whole_file
 from ssmamba_models.data.tile_geometry import TileGeometry, check_geometry
@@ -36,6 +38,7 @@ class SlideFeatures(TileGeometry):
         coords_attributes: the geometry (see `tile_geometry.GEOMETRY`), and what a foreign layout said besides.
         attributes: the provenance, name -> value.
         grid: (N, h, w, D) token maps; None where there are none, or they were not asked for.
+        bags: of shared augmentation, features (n, D) and coords (n, 2) of each; None as with `grid`.
     """
 
     features: np.ndarray | None
@@ -43,6 +46,7 @@ class SlideFeatures(TileGeometry):
     coords_attributes: dict[str, Any]
     attributes: dict[str, Any]
     grid: np.ndarray | None = None
+    bags: list[tuple[np.ndarray, np.ndarray]] | None = None
 
     @property
     def tile_grid(self) -> np.ndarray:
@@ -61,9 +65,10 @@ class SlideFeatureWriter:
         embed_dim: int,
         dtype: np.dtype,
         grid_shape: tuple[int, ...] | None,
+        bags: RowWriter | None = None,
     ):
         self._file, self._disk = file, disk
-        self._rows = rows
+        self._rows, self._bags = rows, bags
         self._dtype = dtype
         self.embed_dim = embed_dim
         self.grid_shape = grid_shape
@@ -102,6 +107,25 @@ class SlideFeatureWriter:
         self._rows.append(columns)
         self._disk.check()
 
+    def append_bag(self, features: np.ndarray, coords: np.ndarray) -> None:
+        """Add a bag of shared augmentation.
+
+        Args:
+            features: (n, D) of any float type, stored in the file's; n is the `bag_tiles` of the file.
+            coords: (n, 2) of any integer type, of tiles of the slide.
+
+        Raises:
+            ValueError, OSError: as `append`.
+        """
+        features, coords = np.asarray(features), np.asarray(coords)
+        if self._bags is None or features.ndim != 2 or len(features) != self._bags.row_shape(BAG_FEATURES)[0]:
+            raise ValueError(f"a bag of features of shape {features.shape} does not fit what bag_tiles declares")
+        if features.shape != (len(coords), self.embed_dim) or coords.shape[1:] != (2,) or coords.dtype.kind not in "iu":
+            raise ValueError(f"a bag's features {features.shape} and coords {coords.shape} do not fit: (n, D), (n, 2)")
+        stored = self._store(features, "features of a bag")
+        self._bags.append({BAG_FEATURES: stored[None], BAG_COORDS: coords.astype(np.int64, copy=False)[None]})
+        self._disk.check()
+
     def keep(self, name: str, source) -> None:
         """Keep a data set or group of another open HDF5 file beside ours, as it is; readers of ours pass over it."""
         source.file.copy(source, self._file, name=name)
@@ -131,6 +155,7 @@ def write_slide_features(
     attributes: Mapping[str, Any],
     dtype: str = "float32",
     grid_shape: tuple[int, ...] | None = None,
+    bag_tiles: int | None = None,
     overwrite: bool = False,
 ) -> Iterator[SlideFeatureWriter]:
     """Write a slide feature file batch by batch, whole or not at all (see `whole_file`), and read it back.
@@ -144,6 +169,7 @@ def write_slide_features(
         attributes: the provenance; str, int, float and lists of them.
         dtype: "float32" or "float16", of features and token maps.
         grid_shape: (h, w) of the token maps, or (h, w, C) where their tokens are not D long; None stores none.
+        bag_tiles: n, tiles of a bag of shared augmentation; None stores no bags. Bags are appended after all tiles.
         overwrite: whether an existing file may be replaced.
 
     Raises:
@@ -164,16 +190,25 @@ def write_slide_features(
         columns["grid"] = (grid_shape, stored_dtype)
     with whole_file(path, overwrite) as part:
         with create_hdf5(part) as (file, disk):
-            rows = RowWriter(file, columns)
+            writers = [rows := RowWriter(file, columns)]
+            if bag_tiles is not None:
+                writers.append(RowWriter(file, _bag_columns(bag_tiles, embed_dim, stored_dtype)))
             write_attributes(file, attributes)
             write_attributes(file["coords"], geometry)
-            yield SlideFeatureWriter(file, disk, rows, embed_dim, stored_dtype, grid_shape)
-            rows.finish()
-        if rows.count == 0:
-            raise ValueError(f"no tile was appended, so {os.fspath(path)!r} is not made")
+            yield SlideFeatureWriter(file, disk, rows, embed_dim, stored_dtype, grid_shape, *writers[1:])
+            for writer in writers:
+                writer.finish()
+        if min(writer.count for writer in writers) == 0:
+            what = "bag" if rows.count else "tile"
+            raise ValueError(f"no {what} was appended, so {os.fspath(path)!r} is not made")
         with h5py.File(part, "r") as file:
             _check_layout(file, part.name)
-            rows.verify(file)
+            for writer in writers:
+                writer.verify(file)
+
+
+def _bag_columns(tiles: int, embed_dim: int, dtype: np.dtype) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    return {BAG_FEATURES: ((tiles, embed_dim), dtype), BAG_COORDS: ((tiles, 2), np.dtype(np.int64))}
 
 
 def _stored_dtype(dtype: str) -> np.dtype:
@@ -191,6 +226,7 @@ class SlideFeatureFile(TileGeometry):
         coords: (N, 2) int64, in memory.
         coords_attributes, attributes: as `SlideFeatures`.
         grid: (N, h, w, D), sliced like `features`; None where there is none.
+        bags: of shared augmentation, read one by one when they are asked for; None where there are none.
         file: the open `h5py.File`.
     """
 
@@ -202,6 +238,7 @@ class SlideFeatureFile(TileGeometry):
         self.coords_attributes = check_geometry(plain_attributes(file["coords"]), name)
         self.attributes = plain_attributes(file)
         self.grid = file.get("grid")
+        self.bags: FeatureBags | None = find_bags(file, name)
 
     def __len__(self) -> int:
         return len(self.coords)
@@ -243,13 +280,16 @@ def open_slide_features(path: str | os.PathLike) -> SlideFeatureFile:
         raise
 
 
-def read_slide_features(path: str | os.PathLike, *, features: bool = True, grid: bool = False) -> SlideFeatures:
+def read_slide_features(
+    path: str | os.PathLike, *, features: bool = True, grid: bool = False, bags: bool = False
+) -> SlideFeatures:
     """Read a slide feature file into memory.
 
     Args:
         path: a file that `ssmamba extract`, `ssmamba convert` or `write_slide_features` wrote.
         features: whether to read the features; without them, reading takes no time.
         grid: whether to read the token maps, where the file has them (they are large).
+        bags: whether to read the bags of shared augmentation, where the file has them (they are large too).
 
     Raises:
         As `open_slide_features`.
@@ -262,6 +302,7 @@ def read_slide_features(path: str | os.PathLike, *, features: bool = True, grid:
                 coords_attributes=file.coords_attributes,
                 attributes=file.attributes,
                 grid=file.grid[:] if grid and file.grid is not None else None,
+                bags=list(file.bags) if bags and file.bags is not None else None,
             )
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{os.fspath(path)!r} is damaged ({error}); {_CURE}") from error
@@ -286,6 +327,7 @@ def _check_layout(file, name: str) -> None:
         if grid.ndim != 4 or len(grid) != rows:
             raise ValueError(f"{name!r}: grid has shape {grid.shape}, expected ({rows}, h, w, D)")
         _check_floats(grid, f"{name!r}: grid")
+    find_bags(file, name)
 
 
 def _check_names(file, name: str) -> None:

@@ -117,6 +117,10 @@ class RowWriter:
         self._waiting_rows = 0
         self._sums = dict.fromkeys(columns, 0)
 
+    def row_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a row of a data set."""
+        return self._datasets[name].shape[1:]
+
     def append(self, columns: Mapping[str, np.ndarray]) -> None:
         """Add B rows to every data set: name -> (B, ...) of the data set's dtype."""
         rows = len(next(iter(columns.values())))
