@@ -106,6 +106,30 @@ def embed_slides(
     return SlideEmbedSummary(path, len(names), encoder.embed_dim, tuple(unreadable))
 
 
+def embed_baselines(features: str | os.PathLike, model: str = "gigassl_scm", seed: int = 0) -> tuple[SlideVectors, str]:
+    """What vectors from elsewhere are compared with: the mean of each slide's tiles, and a random encoder's vector.
+
+    Args:
+        features: folder of feature files.
+        model: one of `list_slide_encoders()`, the architecture with random weights.
+        seed: of the weights, and of what is drawn.
+
+    Returns:
+        The mean vectors with both as baselines, of the slides that can be read; and the name of the random encoder.
+
+    Raises:
+        ValueError, OSError, ImportError: as `read_slides`.
+    """
+    slides = read_slides(features, lambda file, reason: None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = create_slide_encoder(model, slides.feature_dim).eval()
+    embedder = SlideEmbedder({RANDOM: encoder}, check_options(encoder, {}), seed, "fp32")
+    names, rows = embedder.embed(slides, [], progress=False)
+    vectors = {name: np.stack([row[name] for row in rows]) for name in (MEAN_POOL, RANDOM)}
+    return SlideVectors(names, vectors[MEAN_POOL], vectors), model
+
+
 def check_options(encoder: SlideEncoder, options: Mapping[str, Any]) -> dict[str, Any]:
     """All options of an encoder's `embed_slide`, with their values.
 

@@ -43,7 +43,9 @@ class Protocol:
         return np.sort(np.concatenate([fold.test for fold in self.seeds[0]]))
 
 
-def make_protocol(tiles: LabelledTiles, task: Task, folds: int = 5, seeds: int = 3) -> Protocol:
+def make_protocol(
+    tiles: LabelledTiles, task: Task, folds: int = 5, seeds: int = 3, noun: str = "tile"
+) -> Protocol:
     """Choose the folds of a task.
 
     Where the tiles have splits, probes learn from "train" and are scored on "test", or on "val" where there is no
@@ -55,6 +57,7 @@ def make_protocol(tiles: LabelledTiles, task: Task, folds: int = 5, seeds: int =
         task: tiles of other classes are left out.
         folds: number of folds where there are no splits, at least 2.
         seeds: number of seeds, at least 1.
+        noun: what a tile is called where it is something else.
 
     Returns:
         The folds; places refer to `tiles`.
@@ -66,35 +69,35 @@ def make_protocol(tiles: LabelledTiles, task: Task, folds: int = 5, seeds: int =
     if folds < 2 or seeds < 1:
         raise ValueError(f"folds is {folds} and seeds {seeds}; expected 2 or more and 1 or more")
     if tiles.splits is not None:
-        return _from_splits(tiles, task, seeds)
-    return _from_groups(tiles, task, folds, seeds)
+        return _from_splits(tiles, task, seeds, noun)
+    return _from_groups(tiles, task, folds, seeds, noun)
 
 
 def _of_task(tiles: LabelledTiles, task: Task) -> np.ndarray:
     return np.flatnonzero(np.isin(np.asarray(tiles.labels), task.classes))
 
 
-def _from_splits(tiles: LabelledTiles, task: Task, seeds: int) -> Protocol:
+def _from_splits(tiles: LabelledTiles, task: Task, seeds: int, noun: str) -> Protocol:
     splits = np.asarray(tiles.splits)
     there = sorted(set(tiles.splits))
     test_split = next((name for name in ("test", "val") if name in there), None)
     if "train" not in there or test_split is None:
         raise ValueError(
-            f"the splits of the tiles in {str(tiles.root)!r} are {', '.join(there)}; expected train, and val or test"
+            f"the splits of the {noun}s in {str(tiles.root)!r} are {', '.join(there)}; expected train, and val or test"
         )
     places = _of_task(tiles, task)
     train, test = places[splits[places] == "train"], places[splits[places] == test_split]
     for name, part in (("train", train), (test_split, test)):
-        _check_every_class(tiles, task, part, name)
+        _check_every_class(tiles, task, part, name, noun)
     return Protocol("split", tuple((Fold(part, test),) for part in _training_parts(tiles, train, seeds)), test_split)
 
 
-def _check_every_class(tiles: LabelledTiles, task: Task, places: np.ndarray, split: str) -> None:
+def _check_every_class(tiles: LabelledTiles, task: Task, places: np.ndarray, split: str, noun: str) -> None:
     for name in task.classes:
         if not any(tiles.labels[place] == name for place in places):
             raise ValueError(
-                f"task {task.name!r}: no tile of class {name!r} is in the split {split!r}; "
-                "each class needs tiles to learn from and tiles to be scored on"
+                f"task {task.name!r}: no {noun} of class {name!r} is in the split {split!r}; "
+                f"each class needs {noun}s to learn from and {noun}s to be scored on"
             )
 
 
@@ -105,7 +108,7 @@ def _training_parts(tiles: LabelledTiles, train: np.ndarray, seeds: int) -> list
     return [train[group_fraction(subset, TRAIN_SHARE, seed)] for seed in range(seeds)]
 
 
-def _from_groups(tiles: LabelledTiles, task: Task, folds: int, seeds: int) -> Protocol:
+def _from_groups(tiles: LabelledTiles, task: Task, folds: int, seeds: int, noun: str) -> Protocol:
     from sklearn.model_selection import StratifiedGroupKFold
 
     places = _of_task(tiles, task)
@@ -115,8 +118,8 @@ def _from_groups(tiles: LabelledTiles, task: Task, folds: int, seeds: int) -> Pr
         count = len(set(groups[labels == name]))
         if count < folds:
             raise ValueError(
-                f"task {task.name!r}: class {name!r} has {count} groups, too few for {folds} folds; add tiles of other "
-                "groups" + (f", or use --folds {count}" if count > 1 else "")
+                f"task {task.name!r}: class {name!r} has {count} groups, too few for {folds} folds; add {noun}s of "
+                "other groups" + (f", or use --folds {count}" if count > 1 else "")
             )
     drawn = []
     for seed in range(seeds):
@@ -126,16 +129,16 @@ def _from_groups(tiles: LabelledTiles, task: Task, folds: int, seeds: int) -> Pr
             warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
             parts = [Fold(places[train], places[test]) for train, test in splitter.split(places, labels, groups)]
         drawn.append(tuple(part for part in parts if len(part.test)))
-    _check_training(tiles, task, drawn)
+    _check_training(tiles, task, drawn, noun)
     return Protocol("folds", tuple(drawn))
 
 
-def _check_training(tiles: LabelledTiles, task: Task, drawn: list[tuple[Fold, ...]]) -> None:
+def _check_training(tiles: LabelledTiles, task: Task, drawn: list[tuple[Fold, ...]], noun: str) -> None:
     labels = np.asarray(tiles.labels)
     for fold in (fold for parts in drawn for fold in parts):
         missing = set(task.classes) - set(labels[fold.train])
         if missing:
             raise ValueError(
-                f"task {task.name!r}: a fold has no training tile of class {min(missing)!r}, since groups hold "
+                f"task {task.name!r}: a fold has no training {noun} of class {min(missing)!r}, since groups hold "
                 "several classes; use fewer --folds, or name the splits in the manifest"
             )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from ssmamba_models.evaluation.markdown_table import markdown_table
 from ssmamba_models.evaluation.report_folder import PLOTS
 
 _METHODS = {"linear_probe": "linear probe", "knn": "kNN", "prototypes": "prototypes"}
@@ -25,11 +26,6 @@ def as_markdown(report: dict) -> str:
         parts += _task(task, report)
     parts += ["## How to read this", _how_to_read(report), "## Limits", _limits(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _figure(value: float, digits: int = 3) -> str:
@@ -65,7 +61,7 @@ def _models(report: dict) -> str:
         )
         for entry in report["models"]
     ]
-    return _table(("encoder", "model", "weights", "input", "features", "sha256 of the weights"), rows)
+    return markdown_table(("encoder", "model", "weights", "input", "features", "sha256 of the weights"), rows)
 
 
 def _weights(entry: dict) -> str:
@@ -111,7 +107,7 @@ def _scores(task: dict, labels: Sequence[str]) -> str:
         for method in _METHODS
         for label in labels
     ]
-    return _table(("encoder", "method", *_METRICS.values()), rows)
+    return markdown_table(("encoder", "method", *_METRICS.values()), rows)
 
 
 def _method_notes(task: dict, labels: Sequence[str]) -> str:
@@ -140,7 +136,7 @@ def _comparisons(task: dict) -> list[str]:
     return [
         "### Comparisons",
         "On the same tiles, folds and bootstrap draws; all metrics are in report.json.",
-        _table(("encoders", "method", "metric", "difference", "p"), rows),
+        markdown_table(("encoders", "method", "metric", "difference", "p"), rows),
     ]
 
 
@@ -156,7 +152,7 @@ def _few_shots(task: dict, labels: Sequence[str]) -> str:
         (label, *(_estimate(entry["metrics"]["macro_f1"]) for entry in task["results"][label]["few_shot"]))
         for label in labels
     ]
-    return _table(("encoder", *(f"K = {count}" for count in shots)), rows)
+    return markdown_table(("encoder", *(f"K = {count}" for count in shots)), rows)
 
 
 def _magnification(task: dict, labels: Sequence[str]) -> list[str]:
@@ -181,7 +177,7 @@ def _magnification(task: dict, labels: Sequence[str]) -> list[str]:
         "### Magnification",
         "Each tile against itself and all tiles of other groups at half resolution. Centred: each resolution's mean "
         "taken out.",
-        _table(("encoder", "features", *columns.values()), rows),
+        markdown_table(("encoder", "features", *columns.values()), rows),
     ]
 
 
@@ -192,7 +188,7 @@ def _classes(task: dict, labels: Sequence[str]) -> str:
         for label in labels
         for row in task["results"][label]["linear_probe"]["classes"]
     ]
-    return _table(("encoder", "class", "tiles", "groups", "precision", "recall", "F1", "AUC"), rows)
+    return markdown_table(("encoder", "class", "tiles", "groups", "precision", "recall", "F1", "AUC"), rows)
 
 
 def _pictures(task: dict, report: dict) -> list[str]:

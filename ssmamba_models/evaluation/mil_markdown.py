@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ssmamba_models.evaluation.markdown_table import markdown_table
 from ssmamba_models.evaluation.report_folder import PLOTS
 
 _METRICS = {"auc": "AUC", "macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy", "accuracy": "accuracy"}
@@ -22,20 +22,15 @@ def mil_markdown(report: dict[str, Any]) -> str:
     parts = [
         f"# Slides told apart by {report['aggregator']}",
         _opening(report),
-        _table(("metric", "value", "95 % interval"), [_metric(name, report) for name in _METRICS]),
+        markdown_table(("metric", "value", "95 % interval"), [_metric(name, report) for name in _METRICS]),
         "## Folds",
-        _table(("fold", "train", "val", "test", "best epoch", "AUC", "accuracy"), map(_fold, report["folds"])),
+        markdown_table(("fold", "train", "val", "test", "best epoch", "AUC", "accuracy"), map(_fold, report["folds"])),
         *_classes(report),
         *(f"![{plot['kind']}]({PLOTS}/{plot['file']})" for plot in report["plots"]),
         "## How to read this",
         _how_to_read(report),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _figure(value: float | None) -> str:
@@ -79,7 +74,7 @@ def _classes(report: dict[str, Any]) -> list[str]:
         (row["class"], *(_figure(row[name]) if isinstance(row[name], float) else row[name] for name in columns))
         for row in report["per_class"]
     ]
-    return ["## Classes", _table(("class", *columns), rows)]
+    return ["## Classes", markdown_table(("class", *columns), rows)]
 
 
 def _how_to_read(report: dict[str, Any]) -> str:

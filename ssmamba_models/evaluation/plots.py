@@ -138,3 +138,30 @@ def draw_projections(
     axes[0, 0].legend(fontsize=7, markerscale=1.5)
     figure.suptitle(title)
     figure.savefig(path)
+
+
+def draw_learning_curves(
+    path: Path, curves: Mapping[str, Sequence[tuple[float, Mapping[str, float]]]], metric: str, title: str
+) -> None:
+    """Draw a metric over the number of training slides, with its intervals.
+
+    Args:
+        path: PNG file.
+        curves: label -> (training slides, estimate with value, low and high), by rising number.
+        metric: what the figure is called.
+        title: the title.
+    """
+    figure, axes = _figure(1, side=5.2)
+    axis = axes[0, 0]
+    for number, (label, points) in enumerate(curves.items()):
+        counts = [count for count, _ in points]
+        colour, line = _COLOURS[number % len(_COLOURS)], _LINES[number // len(_COLOURS) % len(_LINES)]
+        values, low, high = ([one[name] for _, one in points] for name in ("value", "low", "high"))
+        axis.plot(counts, values, color=colour, linestyle=line, marker="o", markersize=4, label=label)
+        axis.fill_between(counts, low, high, color=colour, alpha=0.12, linewidth=0)
+    axis.set(xscale="log", xlabel="training slides", ylabel=f"{metric} (95 % interval)", title=title)
+    ticks = sorted({count for points in curves.values() for count, _ in points})
+    axis.set_xticks(ticks, [f"{count:g}" for count in ticks])
+    axis.minorticks_off()
+    axis.legend(fontsize=7, loc="lower right")
+    figure.savefig(path)

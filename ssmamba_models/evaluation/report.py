@@ -57,7 +57,7 @@ def make_report(evaluated: Evaluated) -> dict:
     """The report as dicts, lists, strings and numbers; nothing in it depends on the time."""
     return {
         "format": FORMAT,
-        "versions": _versions(),
+        "versions": versions(),
         "settings": asdict(evaluated.settings),
         "data": _describe_data(evaluated),
         "models": [_describe_model(choice, evaluated.tables[choice.label]) for choice in evaluated.models],
@@ -66,7 +66,8 @@ def make_report(evaluated: Evaluated) -> dict:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What the figures were computed with: package -> version."""
     import sklearn
 
     return {
