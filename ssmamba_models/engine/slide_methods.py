@@ -12,6 +12,8 @@ from torch import nn
 from ssmamba_models.data.seeded import SeededBatch, collate_seeded
 from ssmamba_models.slide.gigassl_ssl import GigaSSL
 from ssmamba_models.slide.gigassl_views import GigaSSLViews
+from ssmamba_models.slide.pama_ssl import PamaPretraining
+from ssmamba_models.slide.pama_views import PamaViews
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class SlideMethod:
 
     Attributes:
         module: (SlideEncoder, **method_args) -> module with `.encoder`; it maps a batch to a dict with "loss".
-        views: (**view_args) -> (SlideTiles, torch.Generator) -> dict of tensors; it may have `collate(list of dicts)`
-            -> dict of tensors, for slides of different lengths.
+        views: (**view_args), and by choice `encoder`, -> (SlideTiles, torch.Generator) -> dict of tensors; it may have
+            `collate(list of dicts)` -> dict of tensors, for slides of different lengths.
         defaults: settings of `SlidePretrainConfig` that the method's recipe has; `model` among them.
     """
 
@@ -31,8 +33,9 @@ class SlideMethod:
 
 
 SLIDE_METHODS = {
-    # Source of the defaults: arXiv:2212.03273 (Adam, no decay).
+    # Source of the defaults: arXiv:2212.03273 (Adam, no decay) and arXiv:2407.07504 (AdamW).
     "gigassl": SlideMethod(GigaSSL, GigaSSLViews, {"model": "gigassl_scm", "weight_decay": 0.0}),
+    "pama": SlideMethod(PamaPretraining, PamaViews.of, {"model": "pama_base", "weight_decay": 0.05}),
 }
 
 

@@ -130,7 +130,7 @@ def build_slides(config: SlidePretrainConfig, slides: Bags) -> tuple[nn.Module, 
         torch.manual_seed(config.seed)
         encoder = create_slide_encoder(config.model, slides.feature_dim, pretrained, **config.model_args)
         module = method.module(encoder, **config.method_args)
-    views = create_views(method, config.method_args, config.view_args)
+    views = create_views(method, config.method_args, config.view_args, encoder=encoder)
     return module, SeededSlides(slides, views, config.seed, config.max_tiles, config.cache_gb * 1e9)
 
 
