@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from timm.data import resolve_model_data_config
@@ -16,8 +16,16 @@ from torch import nn
 from ssmamba_models._version import __version__
 from ssmamba_models.data.labelled import LabelledTiles, read_tiles
 from ssmamba_models.data.seeded import SeededTiles
+from ssmamba_models.data.spatial_tiles import SpatialTiles, read_spatial_tiles
+from ssmamba_models.engine.config import check_types
 from ssmamba_models.engine.loop import Task, Trainer, TrainResult, global_batches
-from ssmamba_models.engine.methods import complete_method_args, complete_view_args, create_views, get_method
+from ssmamba_models.engine.methods import (
+    complete_method_args,
+    complete_view_args,
+    create_module,
+    create_views,
+    get_method,
+)
 from ssmamba_models.engine.network import create_network
 from ssmamba_models.engine.processes import create_accelerator
 from ssmamba_models.engine.reconstructions import draw_reconstructions, fixed_batch, save_reconstructions
@@ -31,12 +39,20 @@ class PretrainConfig(TrainConfig):
     """The hyper-parameters of a pretraining; see `TrainConfig` for those not listed here.
 
     Attributes:
+        data: folder of tiles; for a method that needs their places a folder with a manifest.csv, or a CSV, as
+            `read_spatial_tiles` reads it.
+        optimizer, base_lr, weight_decay, batch_size, warmup_epochs: None takes the method's own (`Method.defaults`), or
+            where it has none that of `TrainConfig`.
         method: a name of `ssmamba_models.engine.methods.METHODS`.
         method_args: arguments of the method's module, such as cell_size; those not given are filled in.
         view_args: arguments of its views, such as mask_ratio; likewise.
         reconstruct_every: epochs between two pictures of reconstructions; None draws none.
     """
 
+    optimizer: Literal["adamw", "muon", "sgd"] | None = None
+    base_lr: float | None = None
+    weight_decay: float | None = None
+    batch_size: int | None = None
     method: str = "mamim"
     method_args: dict[str, Any] = field(default_factory=dict)
     view_args: dict[str, Any] = field(default_factory=dict)
@@ -46,8 +62,13 @@ class PretrainConfig(TrainConfig):
     HARMLESS: ClassVar[frozenset[str]] = TrainConfig.HARMLESS | {"reconstruct_every"}
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_types(self)
         method = get_method(self.method)
+        usual = {name: getattr(TrainConfig, name) for name in ("optimizer", "base_lr", "weight_decay", "batch_size")}
+        for name, value in {**usual, **method.defaults}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        super().__post_init__()
         object.__setattr__(self, "method_args", complete_method_args(method, self.method_args))
         object.__setattr__(self, "view_args", complete_view_args(method, self.view_args))
 
@@ -90,14 +111,18 @@ def pretrain(
         module=module,
         data=data,
         export=lambda module: (encoder_weights(module), metadata),
+        step_start=getattr(module, "start_step", None),
         epoch_end=_picture_maker(config, data, run, accelerator) if hasattr(module, "reconstruct") else None,
     )
-    return Trainer(config, run, task, accelerator, progress=progress).train()
+    trainer = Trainer(config, run, task, accelerator, progress=progress)
+    if isinstance(tiles, SpatialTiles) and tiles.single_tile_slides():
+        trainer.log.tell(_isolated(tiles))
+    return trainer.train()
 
 
-def select_tiles(config: TrainConfig) -> LabelledTiles:
+def select_tiles(config: PretrainConfig) -> LabelledTiles:
     """The tiles that a config names: of its split, where the data has splits, and of its classes."""
-    tiles = read_tiles(config.data)
+    tiles = (read_spatial_tiles if get_method(config.method).spatial else read_tiles)(config.data)
     split = None if tiles.splits is None and config.split == "train" else config.split
     return tiles.select(split, config.classes)
 
@@ -109,7 +134,7 @@ def build(config: PretrainConfig, tiles: LabelledTiles) -> tuple[nn.Module, Seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         encoder = create_network(config)
-        module = method.module(encoder, **config.method_args)
+        module = create_module(method, config.method_args, encoder=encoder, manifest=tiles, seed=config.seed)
     statistics = resolve_model_data_config(encoder)
     views = create_views(
         method,
@@ -119,7 +144,16 @@ def build(config: PretrainConfig, tiles: LabelledTiles) -> tuple[nn.Module, Seed
         mean=statistics["mean"],
         std=statistics["std"],
     )
-    return module, SeededTiles(tiles, views, config.seed)
+    return module, SeededTiles(tiles, views, config.seed, indexed=method.spatial)
+
+
+def _isolated(tiles: SpatialTiles) -> str:
+    slides = tiles.single_tile_slides()
+    listed = ", ".join(slides[:3]) + (", ..." if len(slides) > 3 else "")
+    return (
+        f"Warning: {len(slides)} of {len(set(tiles.slides))} slides have a single tile ({listed}); it has no neighbours, "
+        "and takes no part in the spatial loss"
+    )
 
 
 def encoder_weights(module: nn.Module) -> dict[str, torch.Tensor]:
