@@ -37,6 +37,7 @@ class Bag:
         patient: whose slide it is; never divided between training and testing.
         split: "train", "val", "test", or None.
         patch_size_level0: side of a tile in level-0 pixels; None where it was not read.
+        shared_bags: how many bags of shared augmentation it has.
     """
 
     slide: str
@@ -46,6 +47,7 @@ class Bag:
     patient: str | None = None
     split: str | None = None
     patch_size_level0: float | None = None
+    shared_bags: int = 0
 
     def read(self, places: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Read the tiles, or some of them; memory is that of what is asked for.
@@ -127,7 +129,8 @@ def open_bag(path: str | os.PathLike) -> tuple[Bag, dict[str, Any]]:
         attributes = {key: file.attributes.get(key) for key in _PROVENANCE}
         geometry = {key: file.coords_attributes[key] for key in _GEOMETRY}
         provenance = {"feature_dim": file.embed_dim, **_plain(attributes), **geometry}
-        return Bag(Path(path).stem, Path(path), len(file), patch_size_level0=file.patch_size_level0), provenance
+        facts = {"patch_size_level0": file.patch_size_level0, "shared_bags": len(file.bags or ())}
+        return Bag(Path(path).stem, Path(path), len(file), **facts), provenance
 
 
 def read_bags(features: str | os.PathLike, labels: str | os.PathLike, *, skip_missing: bool = False) -> Bags:

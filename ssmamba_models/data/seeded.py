@@ -161,9 +161,10 @@ class SeededData(Dataset):
     Attributes:
         noun: what one of them is called, for messages.
         traits: what `sha256` is made of, for messages.
+        counted: what a log counts.
     """
 
-    noun, traits = "tile", "paths, labels, groups or splits"
+    noun, traits, counted = "tile", "paths, labels, groups or splits", "images"
 
     def __init__(self, seed: int, where: str):
         self.seed, self.where = seed, where

@@ -12,13 +12,14 @@ class Clock:
 
     Args:
         before: seconds that it took in earlier lives.
-        images: images that it saw in them.
+        seen: images that it saw in them.
+        counted: what they are called where they are something else.
     """
 
-    def __init__(self, before: float, images: int):
+    def __init__(self, before: float, seen: int, counted: str = "images"):
         self.start = time.perf_counter() - before
         self.lap_start = self.save_time = time.perf_counter()
-        self.waited, self.lap_images = 0.0, images
+        self.waited, self.lap_seen, self.counted = 0.0, seen, counted
 
     def seconds(self) -> float:
         return time.perf_counter() - self.start
@@ -35,14 +36,14 @@ class Clock:
         yield
         self.waited += time.perf_counter() - start
 
-    def lap(self, images: int) -> dict[str, float]:
+    def lap(self, seen: int) -> dict[str, float]:
         """Speed since the last call: images per second, and the share of the time spent waiting for data."""
         now = time.perf_counter()
         passed = max(now - self.lap_start, 1e-9)
         speed = {
-            "images_per_second": round((images - self.lap_images) / passed, 2),
+            f"{self.counted}_per_second": round((seen - self.lap_seen) / passed, 2),
             "data_wait": round(self.waited / passed, 4),
             "seconds": round(now - self.start, 3),
         }
-        self.lap_start, self.lap_images, self.waited = now, images, 0.0
+        self.lap_start, self.lap_seen, self.waited = now, seen, 0.0
         return speed

@@ -162,7 +162,7 @@ class Trainer:
             self._export()
             return
         self.module.train()
-        clock = Clock(self.state.seconds, self._images())
+        clock = Clock(self.state.seconds, self._seen(), self.task.data.counted)
         batches = self._loaded_batches()
         while self.state.step < self.batches.steps:
             values = self._step(batches, clock, signals)
@@ -235,14 +235,14 @@ class Trainer:
             sums[name] = sums.get(name, 0.0) + value
         self.log.advance(values["loss"])
         if self.state.step % self.config.log_every == 0 or self.state.step in (1, self.batches.steps):
-            self.log.write({**self._place(), **values, **clock.lap(self._images())})
+            self.log.write({**self._place(), **values, **clock.lap(self._seen())})
 
-    def _images(self) -> int:
+    def _seen(self) -> int:
         return self.state.step * self.config.batch_size
 
     def _place(self) -> dict[str, Any]:
         epoch = (self.state.step - 1) // self.batches.steps_per_epoch + 1
-        return {"step": self.state.step, "epoch": epoch, "images": self._images()}
+        return {"step": self.state.step, "epoch": epoch, self.task.data.counted: self._seen()}
 
     def _end_epoch(self, clock: Clock) -> None:
         means = {name: value / self.batches.steps_per_epoch for name, value in self.state.sums.items()}

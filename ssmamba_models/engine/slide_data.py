@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ssmamba_models.data.bags import Bags
+from ssmamba_models.data.bags import Bag, Bags
+from ssmamba_models.data.features import open_slide_features
 from ssmamba_models.data.seeded import SeededData, mixed_seed
 from ssmamba_models.data.slide_bags import check_finite
 from ssmamba_models.engine.mil_data import BagReader
@@ -27,7 +30,7 @@ class SeededSlides(SeededData):
         cache_bytes: memory (of each process that reads) for whole slides, so that they are read once.
     """
 
-    noun, traits = "slide", "names, numbers of tiles or provenance"
+    noun, traits, counted = "slide", "names, numbers of tiles and bags, or provenance", "slides"
 
     def __init__(
         self,
@@ -49,8 +52,9 @@ class SeededSlides(SeededData):
         return self.bags.bags[index].slide
 
     def sha256(self) -> str:
-        """Of names, numbers of tiles and provenance."""
-        return self.bags.sha256()
+        """Of names, numbers of tiles and bags, and provenance."""
+        counts = [bag.shared_bags for bag in self.bags.bags]
+        return hashlib.sha256(f"{self.bags.sha256()} {counts}".encode()).hexdigest()
 
     def views(self, index: int, seed: int) -> dict[str, Any]:
         """The transform of a slide's tiles."""
@@ -61,4 +65,33 @@ class SeededSlides(SeededData):
         bag = self.bags.bags[index]
         features, coords = self.reader.read(index, self.max_tiles, mixed_seed(seed, _SUBSAMPLE))
         check_finite(features.numpy(), bag.slide)
-        return SlideTiles(features, (coords / bag.patch_size_level0).float())
+        return SlideTiles(features, _grid(bag, coords), SharedBags(bag) if bag.shared_bags else None)
+
+
+class SharedBags(Sequence):
+    """A slide's bags of shared augmentation, each read from the disk when it is asked for.
+
+    Args:
+        bag: the slide.
+
+    Index: a bag's number -> features (n, D) and grid (n, 2), float32 tensors.
+    """
+
+    def __init__(self, bag: Bag):
+        self.bag = bag
+
+    def __len__(self) -> int:
+        return self.bag.shared_bags
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        with open_slide_features(self.bag.path) as file:
+            if file.bags is None:
+                raise ValueError(f"the slide {self.bag.slide!r} has lost its bags of shared augmentation")
+            features, coords = file.bags[number]
+        check_finite(features, self.bag.slide)
+        return torch.from_numpy(features).float(), _grid(self.bag, torch.from_numpy(coords))
+
+
+def _grid(bag: Bag, coords: Tensor) -> Tensor:
+    """Level-0 pixels to tiles, from which coordinates of any size are exact in float32."""
+    return (coords.double() / bag.patch_size_level0).float()

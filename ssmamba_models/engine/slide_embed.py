@@ -97,7 +97,7 @@ def embed_slides(
         "model": encoder.name,
         "weights_sha256": config["domain"]["sha256"],
         "seed": seed,
-        **{f"option_{name}": value for name, value in options.items()},
+        **{f"option_{name}": value for name, value in options.items() if value is not None},
         **{f"features_{name}": value for name, value in slides.provenance.items() if value is not None},
         "ssmamba_models_version": __version__,
     }

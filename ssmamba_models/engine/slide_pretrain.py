@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from torch import nn
 from ssmamba_models._version import __version__
 from ssmamba_models.data.bags import Bags
 from ssmamba_models.data.slide_bags import read_slides
+from ssmamba_models.data.slide_labels import some_names
 from ssmamba_models.engine.checkpoints import explained_writing
 from ssmamba_models.engine.loop import Task, Trainer, TrainResult, global_batches
 from ssmamba_models.engine.methods import complete_method_args, complete_view_args, create_views
@@ -108,6 +110,7 @@ def pretrain_slides(
     run = Path(out)
     if accelerator.is_main_process:
         open_run(run, config, resume)
+        _tell_plain(config, slides)
     accelerator.wait_for_everyone()
     metadata = describe_slides(config, slides)
     task = Task(
@@ -142,10 +145,21 @@ def describe_slides(config: SlidePretrainConfig, slides: Bags) -> dict[str, Any]
         "view_args": config.view_args,
         "epochs": str(config.epochs),
         "slides": len(slides),
+        "slides_with_shared_augmentation": sum(bag.shared_bags > 0 for bag in slides.bags),
         "data": slides.sha256(),
         "provenance": slides.provenance,
         "ssmamba_models_version": __version__,
     }
+
+
+def _tell_plain(config: SlidePretrainConfig, slides: Bags) -> None:
+    plain = [bag.slide for bag in slides.bags if not bag.shared_bags]
+    if plain and config.view_args.get("shared_aug"):
+        print(
+            f"{len(plain)} of {len(slides)} slides have no bags of shared augmentation ({some_names(plain)}): their "
+            "views are drawn from the plain features; `ssmamba extract --shared-aug N` makes such bags",
+            file=sys.stderr,
+        )
 
 
 def _save(run: Path, encoder: SlideEncoder, metadata: dict[str, Any]) -> None:
