@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def _sets(files: Mapping[str, tuple[str, SlideVectors]], slides: list[str]) -> t
         asked.append(VectorSet(label, _unit(vectors.embeddings[rows]), file, False, vectors.attributes))
         for name, values in sorted(vectors.baselines.items()):
             baselines.append((label, VectorSet(name, _unit(values[rows]), file, True, vectors.attributes)))
-    return (*asked, *_distinct(baselines))
+    return (*asked, *_distinct(baselines, files))
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
@@ -107,13 +107,13 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
 
 
-def _distinct(baselines: list[tuple[str, VectorSet]]) -> list[VectorSet]:
-    """A baseline that several files share stands once; of different ones of a name, each says whose it is."""
+def _distinct(baselines: list[tuple[str, VectorSet]], taken: Iterable[str]) -> list[VectorSet]:
+    """A baseline that several files share stands once; one whose name is not its own alone says whose it is."""
     kept: list[tuple[str, VectorSet]] = []
     for whose, one in baselines:
         if not any(one.label == other.label and np.array_equal(one.vectors, other.vectors) for _, other in kept):
             kept.append((whose, one))
-    names = [one.label for _, one in kept]
+    names = [one.label for _, one in kept] + list(taken)
     return [
         one if names.count(one.label) == 1 else replace(one, label=f"{one.label} ({whose})") for whose, one in kept
     ]
