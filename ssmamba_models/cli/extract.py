@@ -32,6 +32,14 @@ from ssmamba_models.wsi.status import FAILED
 @click.option("--max-bad-tiles", type=float, default=0.05, show_default=True, help="Share above which a slide fails.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of stored features.")
 @click.option("--grid", is_flag=True, help="Store the token map of each tile too (large).")
+@click.option(
+    "--shared-aug",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Bags of augmented tiles for each slide, for slide-pretrain --method gigassl (50 is usual; takes long).",
+)
+@click.option("--shared-aug-tiles", type=click.IntRange(1), default=256, show_default=True, help="Tiles of a bag.")
 @click.option("--retry-failed", is_flag=True, help="Try slides again that failed.")
 @click.option("--dry-run", "dry", is_flag=True, help="Count tiles and estimate the time; write nothing.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Tiles per forward pass.")
@@ -39,7 +47,7 @@ from ssmamba_models.wsi.status import FAILED
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
 @click.option("--bf16", is_flag=True, help="Compute in bfloat16: for GPUs; most CPUs get slower.")
 @click.option("--img-size", type=click.IntRange(1), help="Side of the model's input. Default: its own.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of random weights.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of weights and bags.")
 @click.option("--shard", metavar="i/n", help="Begin with the i-th of n shares. Default: a SLURM array's own numbers.")
 @click.option("--engine", type=click.Choice(ENGINES), default="local", show_default=True, help="ray: on a Ray cluster.")
 @click.option("--num-cpus", type=float, default=2, show_default=True, help="Ray: CPUs per slide.")
@@ -93,5 +101,6 @@ def _show_plan(run: DryRun) -> int:
         mpp = "" if slide.mpp is None else f", level 0 at {slide.mpp:g} um/px ({slide.mpp_source})"
         click.echo(f"{slide.name}: {slide.status}, {slide.reason or f'{slide.tiles} tiles{mpp}'}")
     hours = datetime.timedelta(seconds=round(run.seconds))
-    click.echo(f"{run.tiles} tiles to do, about {hours} at {run.tiles_per_second:.1f} tiles/s (the model alone)")
+    bags = f" and {run.bag_tiles} of bags" if run.bag_tiles else ""
+    click.echo(f"{run.tiles} tiles{bags} to do, about {hours} at {run.tiles_per_second:.1f} tiles/s (the model alone)")
     return int(any(slide.status == FAILED for slide in run.slides))

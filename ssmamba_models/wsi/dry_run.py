@@ -50,18 +50,19 @@ class DryRun:
 
     Attributes:
         slides: each of them.
-        tiles: of those that are to be done.
+        tiles: of those that are to be done; bag_tiles: of their bags of shared augmentation.
         tiles_per_second: of the model alone, on random tiles.
     """
 
     slides: list[PlannedSlide]
     tiles: int
     tiles_per_second: float
+    bag_tiles: int = 0
 
     @property
     def seconds(self) -> float:
         """Estimate of the time, if reading keeps up with the model."""
-        return self.tiles / self.tiles_per_second
+        return (self.tiles + self.bag_tiles) / self.tiles_per_second
 
 
 def dry_run(slides, out: str | os.PathLike, plan: ExtractPlan, *, progress: bool = True) -> DryRun:
@@ -79,8 +80,9 @@ def dry_run(slides, out: str | os.PathLike, plan: ExtractPlan, *, progress: bool
         waiting = [(slide, None if job.find_done(slide) else _submit(decoders, slide, plan)) for slide in found]
         bar = tqdm(waiting, unit="slide", desc="count tiles", disable=not progress)
         planned = [_plan_slide(slide, future, job) for slide, future in bar]
-    tiles = sum(slide.tiles for slide in planned if slide.status == PENDING)
-    return DryRun(planned, tiles, measure_speed(encoder, plan.batch_size))
+    pending = [slide.tiles for slide in planned if slide.status == PENDING]
+    bag_tiles = len(pending) * plan.shared_aug * plan.shared_aug_tiles
+    return DryRun(planned, sum(pending), measure_speed(encoder, plan.batch_size), bag_tiles)
 
 
 def _submit(decoders: Decoders, slide: SlideFile, plan: ExtractPlan) -> Future:

@@ -29,6 +29,8 @@ class ExtractPlan:
         mpp_csv: a table (slide,mpp) of the same for single slides; goes before `mpp_override`.
         dtype: "float32" or "float16", of the stored features.
         grid: store the token map of each tile as well.
+        shared_aug: bags of shared augmentation that each slide gets beside its features; drawn from `seed` as well.
+        shared_aug_tiles: tiles of a bag.
         max_bad_tiles: the share of a slide's tiles that may be unreadable; a slide with more fails.
         retry_failed: try failed slides again.
         batch_size: tiles per forward pass.
@@ -53,6 +55,8 @@ class ExtractPlan:
     mpp_csv: str | None = None
     dtype: str = "float32"
     grid: bool = False
+    shared_aug: int = 0
+    shared_aug_tiles: int = 256
     max_bad_tiles: float = 0.05
     retry_failed: bool = False
     batch_size: int = 32
@@ -76,6 +80,7 @@ class ExtractPlan:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a share from 0 to 1")
         least = {"batch_size": 1, "workers": 0, "img_size": 1, "num_cpus": 0, "num_gpus": 0, "max_retries": 0}
+        least |= {"shared_aug": 0, "shared_aug_tiles": 1}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and not (value >= bound and math.isfinite(value)):
@@ -119,6 +124,9 @@ class ExtractPlan:
             min_tissue=float(self.min_tissue),
             dtype=self.dtype,
             grid=self.grid,
+            shared_aug=self.shared_aug,
+            shared_aug_tiles=self.shared_aug_tiles,
+            shared_aug_seed=self.seed,
         )
 
     def begun_with(self, encoder: Encoder) -> dict[str, Any]:

@@ -40,6 +40,8 @@ class JobSettings:
         mpp, tile_size, overlap, min_tissue: the tiles, as `wsi.grid.make_grid`.
         dtype: of the stored features.
         grid: whether token maps are stored.
+        shared_aug, shared_aug_tiles, shared_aug_seed: bags of shared augmentation per slide, tiles of each, seed of
+            both; 0 for none.
         format: `FORMAT`.
     """
 
@@ -57,11 +59,15 @@ class JobSettings:
     min_tissue: float
     dtype: str
     grid: bool
+    shared_aug: int = 0
+    shared_aug_tiles: int = 0
+    shared_aug_seed: int = 0
     format: int = FORMAT
 
     def values(self) -> dict[str, Any]:
-        """As YAML and JSON have them."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """As YAML and JSON have them; without bags nothing of bags, so that jobs from before there were any go on."""
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {key: value for key, value in values.items() if self.shared_aug or not key.startswith("shared_aug")}
 
     @property
     def hash(self) -> str:
@@ -167,9 +173,9 @@ class Job:
         if not self._config.exists():
             return
         saved, now = load_config(_Saved, self._config).settings, self.settings.values()
-        changed = [key for key in now if saved.get(key) != now[key]]
+        changed = [key for key in {**now, **saved} if saved.get(key) != now.get(key)]
         if changed:
-            listed = "; ".join(f"{key} was {saved.get(key)!r}, now {now[key]!r}" for key in changed)
+            listed = "; ".join(f"{key} was {saved.get(key)!r}, now {now.get(key)!r}" for key in changed)
             raise ValueError(
                 f"the job {str(self.root)!r} was begun with other settings ({listed}); a job does not mix features: "
                 "give the same settings, or another --out"

@@ -1,9 +1,10 @@
 """Extraction on this machine: processes decode ahead, across the borders of slides; the model takes batch after batch.
 
-A batch holds tiles of one slide, cut at fixed places (tiles 0..B-1, B..2B-1, ...). So a slide's bytes depend on the
-batch size and the device alone, not on neighbours, workers, shards or the point where a killed job was resumed: kernels
-may round otherwise in a batch of another size (test_ssmamba's do, in the last bit), and no kernel of a GPU promises the
-same rounding at another place in the batch. A slide's last batch is smaller: less than a batch's time for each slide.
+A batch holds tiles of one slide, or of one of its bags of shared augmentation, cut at fixed places (tiles 0..B-1,
+B..2B-1, ...). So a slide's bytes depend on the batch size and the device alone, not on neighbours, workers, shards or
+the point where a killed job was resumed: kernels may round otherwise in a batch of another size (test_ssmamba's do, in
+the last bit), and no kernel of a GPU promises the same rounding at another place in the batch. A slide's last batch is
+smaller: less than a batch's time for each slide.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ssmamba_models.wsi.decode_processes import DecoderDied, Decoders
 from ssmamba_models.wsi.decoding import OutputError, PrepareTask, ReadTask
 from ssmamba_models.wsi.errors import SlideError, one_line
 from ssmamba_models.wsi.job import Job
+from ssmamba_models.wsi.shared_aug import Part
 from ssmamba_models.wsi.slide_run import Outcome, SlideRun
 from ssmamba_models.wsi.tile_encoder import TileEncoder
 
@@ -60,12 +62,12 @@ class Timing:
 @dataclass
 class _Batch:
     run: SlideRun
-    rows: slice
+    part: Part
     chunks: list[Future] = field(default_factory=list)
 
     @property
     def size(self) -> int:
-        return self.rows.stop - self.rows.start
+        return len(self.part.coords)
 
 
 class LocalEngine:
@@ -85,7 +87,7 @@ class LocalEngine:
         # Two batches, and a chunk for each process: memory is bounded by this, whatever the slides' size.
         self._room = 2 * batch_size + max(decoders.workers, 1) * min(_CHUNK, batch_size)
         self._preparing: deque[tuple[SlideRun, Future]] = deque()
-        self._cutting: tuple[SlideRun, Iterator[slice]] | None = None
+        self._cutting: tuple[SlideRun, Iterator[Part]] | None = None
         self._batches: deque[_Batch] = deque()
         self._tiles_ahead = 0
         self._open: list[SlideRun] = []
@@ -114,7 +116,7 @@ class LocalEngine:
                 batch = self._next(runs)
                 gathered = None if batch is None else self._gather(batch)
                 self._fill(runs, wait=False)
-                started = None if gathered is None else (batch, gathered[1], self._encoder.start(gathered[0]))
+                started = None if gathered is None else (batch, gathered[1], self._start(batch, gathered[0]))
                 if computing is not None:
                     self._store(*computing, tell)
                 computing = started
@@ -147,12 +149,12 @@ class LocalEngine:
                 if not self._begin_next(wait and not self._batches):
                     return
                 continue
-            run, slices = self._cutting
-            rows = next(slices, None) if run.outcome is None else None
-            if rows is None:
+            run, parts = self._cutting
+            part = next(parts, None) if run.outcome is None else None
+            if part is None:
                 self._cutting = None
             else:
-                self._submit(run, rows)
+                self._submit(run, part)
 
     def _prepare_more(self, runs: Iterator[SlideRun]) -> None:
         settings, job = self._job.settings, self._job
@@ -178,13 +180,13 @@ class LocalEngine:
         if prepared is not None:
             run.begin(prepared)
         if run.outcome is None:
-            self._cutting = (run, run.batches(self._batch_size))
+            self._cutting = (run, run.parts(self._batch_size))
         return True
 
-    def _submit(self, run: SlideRun, rows: slice) -> None:
-        settings, batch = self._job.settings, _Batch(run, rows)
-        for start in range(rows.start, rows.stop, _CHUNK):
-            coords = run.coords[start : min(start + _CHUNK, rows.stop)]
+    def _submit(self, run: SlideRun, part: Part) -> None:
+        settings, batch = self._job.settings, _Batch(run, part)
+        for start in range(0, batch.size, _CHUNK):
+            coords = part.coords[start : start + _CHUNK]
             task = ReadTask(
                 run.slide,
                 coords,
@@ -212,6 +214,11 @@ class LocalEngine:
             place += count
         return buffer[:place], bad
 
+    def _start(self, batch: _Batch, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if batch.part.augmentation is None:
+            return self._encoder.start(pixels)
+        return self._encoder.start_augmented(pixels, batch.part.augmentation)
+
     def _result(self, run: SlideRun, future: Future) -> Any:
         """What a decoding process answers; None where that is why the slide fails."""
         start = time.perf_counter()
@@ -235,7 +242,7 @@ class LocalEngine:
         features, grid = self._encoder.finish(started)
         self._timing.tiles += batch.size
         if batch.run.outcome is None:
-            batch.run.take(batch.rows, bad, features, grid)
+            batch.run.take(batch.part, bad, features, grid)
         tell(batch.size)
 
     def _ended(self) -> Iterator[Outcome]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ssmamba_models.wsi.decoding import OutputError, Prepared
 from ssmamba_models.wsi.errors import TileError, one_line
 from ssmamba_models.wsi.job import Job
 from ssmamba_models.wsi.locks import Lock
+from ssmamba_models.wsi.shared_aug import BagRows, Part, SharedAug
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.status import DONE, ELSEWHERE, FAILED, NO_TISSUE
 
@@ -74,6 +75,9 @@ class SlideRun:
         self._start = time.monotonic()
         self._prepared: Prepared | None = None
         self._bad: list[tuple[int, str]] = []
+        settings = job.settings
+        self._shared_aug = SharedAug(settings.shared_aug, settings.shared_aug_tiles, settings.shared_aug_seed)
+        self._bag = BagRows()
         self._context, self._writer = None, None
 
     @property
@@ -87,40 +91,53 @@ class SlideRun:
         if len(prepared.coords) == 0:
             self._end(Outcome(self.slide.name, NO_TISSUE), tiles=0)
 
-    def batches(self, batch_size: int) -> Iterator[slice]:
-        """The slide's batches, cut at fixed places."""
-        for start in range(0, len(self.coords), batch_size):
-            yield slice(start, min(start + batch_size, len(self.coords)))
+    def parts(self, batch_size: int) -> Iterator[Part]:
+        """What goes through the model, cut at fixed places."""
+        return self._shared_aug.parts(self.slide.name, self.coords, batch_size)
 
-    def take(self, rows: slice, bad: list[tuple[int, str]], features: np.ndarray, grid: np.ndarray | None) -> None:
-        """Store a batch: all rows but the bad ones (place in the batch, reason).
+    def take(self, part: Part, bad: list[tuple[int, str]], features: np.ndarray, grid: np.ndarray | None) -> None:
+        """Store a part: all rows but the bad ones (place in the part, reason). Parts come in their order.
 
         Raises:
             OutputError: the file cannot be written.
         """
-        self._bad += [(rows.start + place, reason) for place, reason in bad]
+        good = np.setdiff1d(np.arange(len(part.coords)), [place for place, _ in bad])
+        if not np.isfinite(features[good]).all():
+            self.fail("the model returns features that are not finite; check its weights, or run without --bf16")
+        elif part.bag is None:
+            self._take_tiles(part, bad, good, features, grid)
+        else:
+            self._take_bag(part, bad, features)
+        if part.last and self.outcome is None:
+            self._finish()
+
+    def _take_tiles(
+        self, part: Part, bad: list[tuple[int, str]], good: np.ndarray, features: np.ndarray, grid: np.ndarray | None
+    ) -> None:
+        self._bad += [(part.rows.start + place, reason) for place, reason in bad]
         if len(self._bad) > self._max_bad_tiles * len(self.coords):
             first, reason = self._bad[0]
             self.fail(
-                f"{len(self._bad)} of the first {rows.stop} tiles (of {len(self.coords)}) cannot be read, more than "
-                f"--max-bad-tiles {self._max_bad_tiles:g} allows; {TileError(*self.coords[first].tolist(), reason)}"
+                f"{len(self._bad)} of the first {part.rows.stop} tiles (of {len(self.coords)}) cannot be read, more "
+                f"than --max-bad-tiles {self._max_bad_tiles:g} allows; "
+                f"{TileError(*self.coords[first].tolist(), reason)}"
             )
             return
-        good = np.setdiff1d(np.arange(rows.stop - rows.start), [place for place, _ in bad])
-        if not np.isfinite(features[good]).all():
-            self.fail("the model returns features that are not finite; check its weights, or run without --bf16")
-            return
-        self._append(features[good], self.coords[rows][good], None if grid is None else grid[good])
-        if rows.stop == len(self.coords) and self.outcome is None:
-            self._finish()
+        rows = features[good], part.coords[good], None if grid is None else grid[good]
+        self._write(features.shape[1], lambda writer: writer.append(*rows) if len(good) else None)
 
-    def _append(self, features: np.ndarray, coords: np.ndarray, grid: np.ndarray | None) -> None:
+    def _take_bag(self, part: Part, bad: list[tuple[int, str]], features: np.ndarray) -> None:
+        self._bag.add(part, [place for place, _ in bad], features)
+        if part.rows.stop == self._shared_aug.tiles:
+            bag, self._bag = self._bag, BagRows()
+            self._write(features.shape[1], lambda writer: writer.append_bag(*bag.finish()))
+
+    def _write(self, embed_dim: int, act: Callable[[SlideFeatureWriter], None]) -> None:
         try:
             if self._writer is None:
-                self._writer = self._open_writer(features.shape[1])
-            if len(coords):
-                self._writer.append(features, coords, grid)
-        except ValueError as error:  # too large for float16
+                self._writer = self._open_writer(embed_dim)
+            act(self._writer)
+        except ValueError as error:  # too large for float16, or a bag without a readable tile
             self.fail(one_line(error))
         except (OSError, RuntimeError) as error:
             self._stop(error)
@@ -133,6 +150,7 @@ class SlideRun:
             attributes=self._provenance(),
             dtype=self._job.settings.dtype,
             grid_shape=self._grid_shape,
+            bag_tiles=self._shared_aug.tiles if self._shared_aug.bags else None,
             overwrite=True,
         )
         return self._context.__enter__()

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ssmamba_models.engine.encoder import Encoder
+from ssmamba_models.wsi.shared_aug import SharedAugmentation
 
 
 class TileEncoder:
@@ -49,7 +50,6 @@ class TileEncoder:
         """As `Encoder.provenance`, with what is done to tiles of a slide."""
         return {**self.encoder.provenance(), "crop_pct": 1.0, "interpolation": self.interpolation}
 
-    @torch.inference_mode()
     def start(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Begin to compute features; a GPU goes on while the next tiles are gathered.
 
@@ -62,21 +62,35 @@ class TileEncoder:
         Raises:
             ValueError: the batch does not fit into the device's memory.
         """
+        return self._start(pixels, None)
+
+    def start_augmented(
+        self, pixels: torch.Tensor, augmentation: SharedAugmentation
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `start`, for tiles of a bag, all of which are altered in the same way; without token maps."""
+        return self._start(pixels, augmentation)
+
+    @torch.inference_mode()
+    def _start(
+        self, pixels: torch.Tensor, augmentation: SharedAugmentation | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         device = self.encoder.device
         try:
             # Rows of pixels with their colours side by side are what torch calls channels-last.
             images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
+            if augmentation is not None:
+                images = augmentation(images)
             images = images.sub_(self._mean).div_(self._std)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.encoder.bf16):
-                return self._forward(images)
+                return self._forward(images, maps=self._grid and augmentation is None)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"a batch of {len(pixels)} tiles does not fit into the memory of {device}; use a smaller --batch-size"
             ) from error
 
-    def _forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _forward(self, images: torch.Tensor, maps: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         model = self.encoder.model
-        if not self._grid:
+        if not maps:
             return model(images), None
         if not hasattr(model, "forward_intermediates"):
             raise ValueError(f"{self.encoder.name} has no token maps (forward_intermediates); leave --grid out")
