@@ -155,6 +155,6 @@ def _check_grid_units(manifest: Path, slides: tuple[str, ...], x: np.ndarray, y:
     across, down = (int(np.gcd.reduce([pair[axis] for pair in steps])) for axis in (0, 1))
     step = next((str(a) for a, b in ((across, down), (down, across)) if b in (0, a)), f"{across} in x and {down} in y")
     raise ValueError(
-        f"the coordinates in {str(manifest)!r} look like pixels: within every slide they differ by multiples of {step}; "
-        "expected grid units, in which neighbours differ by 1: divide x and y by the step between tiles"
+        f"the coordinates in {str(manifest)!r} look like pixels: within every slide they differ by multiples of "
+        f"{step}; expected grid units, in which neighbours differ by 1: divide x and y by the step between tiles"
     )

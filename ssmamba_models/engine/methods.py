@@ -45,7 +45,14 @@ METHODS = {
     "sgcl": Method(
         SGCL,
         SpatialGuidedMultiCrop,
-        {"optimizer": "sgd", "base_lr": 0.03, "weight_decay": 1e-4, "batch_size": 128, "warmup_epochs": 0.0},
+        {
+            "optimizer": "sgd",
+            "base_lr": 0.03,
+            "weight_decay": 1e-4,
+            "batch_size": 128,
+            "warmup_epochs": 0.0,
+            "clip_grad": None,
+        },
     ),
 }
 

@@ -34,6 +34,17 @@ from ssmamba_models.engine.run_log import RunLog
 from ssmamba_models.engine.train_config import INFINITE, TrainConfig
 
 
+# Setting -> the value that stands for the method's own.
+_METHODS_OWN = {
+    "optimizer": None,
+    "base_lr": None,
+    "weight_decay": None,
+    "batch_size": None,
+    "warmup_epochs": None,
+    "clip_grad": "auto",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainConfig):
     """The hyper-parameters of a pretraining; see `TrainConfig` for those not listed here.
@@ -42,7 +53,9 @@ class PretrainConfig(TrainConfig):
         data: folder of tiles; for a method that needs their places a folder with a manifest.csv, or a CSV, as
             `read_spatial_tiles` reads it.
         optimizer, base_lr, weight_decay, batch_size, warmup_epochs: None takes the method's own (`Method.defaults`), or
-            where it has none that of `TrainConfig`.
+            where it has none that of `TrainConfig`. With another optimizer than the method's own, all but the batch
+            size are `TrainConfig`'s.
+        clip_grad: "auto" does likewise; None does not clip.
         method: a name of `ssmamba_models.engine.methods.METHODS`.
         method_args: arguments of the method's module, such as cell_size; those not given are filled in.
         view_args: arguments of its views, such as mask_ratio; likewise.
@@ -53,6 +66,7 @@ class PretrainConfig(TrainConfig):
     base_lr: float | None = None
     weight_decay: float | None = None
     batch_size: int | None = None
+    clip_grad: float | Literal["auto"] | None = "auto"
     method: str = "mamim"
     method_args: dict[str, Any] = field(default_factory=dict)
     view_args: dict[str, Any] = field(default_factory=dict)
@@ -64,9 +78,12 @@ class PretrainConfig(TrainConfig):
     def __post_init__(self) -> None:
         check_types(self)
         method = get_method(self.method)
-        usual = {name: getattr(TrainConfig, name) for name in ("optimizer", "base_lr", "weight_decay", "batch_size")}
-        for name, value in {**usual, **method.defaults}.items():
-            if getattr(self, name) is None:
+        own = {name: getattr(TrainConfig, name) for name in _METHODS_OWN} | dict(method.defaults)
+        if self.optimizer not in (None, own["optimizer"]):
+            # A rate that suits one optimiser is a hundred times that of another.
+            own |= {name: getattr(TrainConfig, name) for name in _METHODS_OWN if name != "batch_size"}
+        for name, value in own.items():
+            if getattr(self, name) == _METHODS_OWN[name]:
                 object.__setattr__(self, name, value)
         super().__post_init__()
         object.__setattr__(self, "method_args", complete_method_args(method, self.method_args))
@@ -151,8 +168,8 @@ def _isolated(tiles: SpatialTiles) -> str:
     slides = tiles.single_tile_slides()
     listed = ", ".join(slides[:3]) + (", ..." if len(slides) > 3 else "")
     return (
-        f"Warning: {len(slides)} of {len(set(tiles.slides))} slides have a single tile ({listed}); it has no neighbours, "
-        "and takes no part in the spatial loss"
+        f"Warning: {len(slides)} of {len(set(tiles.slides))} slides have a single tile ({listed}); it has no "
+        "neighbours, and takes no part in the spatial loss"
     )
 
 

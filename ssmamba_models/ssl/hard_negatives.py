@@ -13,7 +13,7 @@ class BetaHardNegativeSampler(nn.Module):
     """Draws tiles that are like a query's, by a Beta density over their ranks.
 
     All tiles but the query's own and its positives are ranked by the similarity of their encoder features. Of the first
-    `share` of them `count` are drawn, with replacement: the rank of each is Beta(alpha, beta) stretched over that range.
+    `share` of them `count` are drawn, with replacement: a rank is Beta(alpha, beta) stretched over that range.
     Beta(5, 15) has its mean at a quarter of the range and hardly reaches its two ends. The ranks are drawn once for a
     step; each query has other tiles at them.
 
@@ -91,6 +91,6 @@ def check_count(name: str, count: int | None, size: int) -> None:
     """Refuse to draw more tiles than there are, or none (None: the default, which adapts)."""
     if count is not None and not 1 <= count <= size:
         raise ValueError(
-            f"{name} is {count}, but there are {size} tiles; expected from 1 to {size}, or none given, which takes what "
-            "fits"
+            f"{name} is {count}, but there are {size} tiles; expected from 1 to {size}, or none given, which takes "
+            "what fits"
         )

@@ -11,8 +11,8 @@ class MultiPositiveInfoNCE(nn.Module):
 
         -log( sum_P e^(s / t) / (sum_P e^(s / t) + sum_N e^(s / t)) )
 
-    The sum stands inside the logarithm: a positive's gradient is in proportion to its share e^(s / t) / sum_P e^(s / t),
-    so one that is unlike the query, and so doubtful, is hardly pulled. With one positive it is InfoNCE.
+    The sum stands inside the logarithm: a positive's gradient is in proportion to its share e^(s/t) / sum_P e^(s/t), so
+    one that is unlike the query, and so doubtful, is hardly pulled. With one positive it is InfoNCE.
 
     Args:
         temperature: t.
@@ -20,7 +20,7 @@ class MultiPositiveInfoNCE(nn.Module):
     Raises:
         ValueError: a temperature that is not above 0.
 
-    Source: SGCL (Lin et al., Medical Image Analysis 89, 102845, 2023), the spatial loss; InfoNCE: arXiv:1807.03748, eq. 4.
+    Source: SGCL (Lin et al., Medical Image Analysis 89, 102845, 2023), spatial loss; InfoNCE: arXiv:1807.03748, eq. 4.
     """
 
     def __init__(self, temperature: float) -> None:

@@ -55,7 +55,7 @@ class SGCL(nn.Module):
     Args:
         encoder: any timm model that pools to a vector; it stays a plain timm model. Its classifier plays no part and is
             frozen here. Where it takes images of no other size than the global view's (a ViT without
-            `dynamic_img_size=True`), the crops are enlarged to that size, which costs as much as four more global views.
+            `dynamic_img_size=True`), the crops are enlarged to that size, which costs as much as four global views.
         manifest: `slides` (N names), `x` and `y` (N whole numbers, grid units) of the tiles.
         seed: of banks, negatives and clusterings.
         intra, inter, inner: the three invariances, as above.
@@ -228,7 +228,7 @@ class SGCL(nn.Module):
         return losses.mean(), counts
 
     def _propagate(self, queries: Tensor, index: Tensor, near: Tensor, near_valid: Tensor) -> tuple[Tensor, Tensor]:
-        """The propagated positives, (B, W) tiles and which count: of the tiles, and of the neighbours most like them."""
+        """The propagated positives of tiles and of their most similar neighbours: (B, W) tiles, and which count."""
         if not self.inter:
             return index[:, None], torch.zeros_like(index[:, None], dtype=torch.bool)
         rows = self.bank.rows

@@ -57,8 +57,8 @@ class SpatialNeighborIndex(nn.Module):
         if len(taken):
             one, other = sorted(order[taken[0] : taken[0] + 2].tolist())
             raise ValueError(
-                f"tiles {one} and {other} both lie at x {x[one]}, y {y[one]} of slide {names[slide[one]]!r}; a place "
-                "holds one tile"
+                f"tiles {one} and {other} both lie at x {x[one]}, y {y[one]} of slide {str(names[slide[one]])!r}; "
+                "a place holds one tile"
             )
         for name, values in (
             ("place", place),

@@ -40,9 +40,10 @@ def test_rows_in_any_order_are_sorted_by_path(write, tmp_path):
 
 
 def test_other_columns_and_a_csv_of_another_name(write):
-    folder = write(["a,0,0,t,p1,train", "a,1,0,n,p1,train", "b,0,0,t,p2,val"], "path,slide,X,y,label,group,split", "t.csv")
-    tiles = read_spatial_tiles(folder / "t.csv")
-    assert (tiles.labels, tiles.groups, tiles.splits) == (("t", "n", "t"), ("p1", "p1", "p2"), ("train", "train", "val"))
+    rows = ["a,0,0,t,p1,train", "a,1,0,n,p1,train", "b,0,0,t,p2,val"]
+    tiles = read_spatial_tiles(write(rows, "path,slide,X,y,label,group,split", "t.csv") / "t.csv")
+    assert (tiles.labels, tiles.groups) == (("t", "n", "t"), ("p1", "p1", "p2"))
+    assert tiles.splits == ("train", "train", "val")
     kept = tiles.select("train", ["n"])
     assert (kept.slides, kept.x.tolist(), kept.y.tolist(), kept.labels) == (("a",), [1], [0], ("n",))
 
@@ -118,7 +119,8 @@ def test_mosaics_can_be_read(data_root, tmp_path):
     from ssmamba_models.data.mosaic_files import write_mosaic_tiles
     from ssmamba_models.data.mosaics import Mosaic
 
-    paths = tuple(sorted(p.relative_to(data_root).as_posix() for p in (data_root / "lc25000").glob("colon_n/*.jpeg"))[:6])
+    files = sorted((data_root / "lc25000" / "colon_n").glob("*.jpeg"))[:6]
+    paths = tuple(path.relative_to(data_root).as_posix() for path in files)
     mosaic = Mosaic("s1", "p1", "n", np.arange(6).reshape(2, 3))
     write_mosaic_tiles([mosaic], LabelledTiles(data_root, paths, ("n",) * 6), tmp_path / "out")
     tiles = read_spatial_tiles(tmp_path / "out")
