@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ def write_mosaic_features(
     attributes: Mapping[str, Any],
     folder: str | os.PathLike,
     *,
+    bags: Callable[[Mosaic], tuple[np.ndarray, np.ndarray]] | None = None,
     tile_size: int = 224,
     mpp: float = 0.5,
 ) -> Path:
@@ -36,6 +37,8 @@ def write_mosaic_features(
         features: (N, D) of the tiles that they were assembled from.
         attributes: the provenance of the features, such as `TileFeatures.attributes`.
         folder: made if missing.
+        bags: mosaic -> its bags of shared augmentation: features (A, n, D), and of which cells they are, (A, n), counted
+            row by row; None writes none.
         tile_size: side of a tile in pixels.
         mpp: that the tiles are taken to have, in micrometres per pixel.
 
@@ -49,6 +52,7 @@ def write_mosaic_features(
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     for mosaic in mosaics:
+        drawn = None if bags is None else bags(mosaic)
         height, width = mosaic.tiles.shape
         geometry = {
             "patch_size": tile_size,
@@ -61,9 +65,15 @@ def write_mosaic_features(
             "name": mosaic.name,
         }
         with write_slide_features(
-            root / f"{mosaic.name}.h5", features.shape[1], coords_attributes=geometry, attributes=attributes
+            root / f"{mosaic.name}.h5",
+            features.shape[1],
+            coords_attributes=geometry,
+            attributes=attributes,
+            bag_tiles=None if drawn is None else drawn[0].shape[1],
         ) as writer:
             writer.append(features[mosaic.tiles.reshape(-1)], mosaic.places * tile_size)
+            for bag, cells in zip(*drawn) if drawn else ():
+                writer.append_bag(bag, mosaic.places[cells] * tile_size)
     rows = [(mosaic.name, mosaic.label, mosaic.patient) for mosaic in mosaics]
     return _write_rows(root / LABELS, [("slide", "label", "patient"), *rows])
 
