@@ -20,10 +20,11 @@ from ssmamba_models.hub import CardInfo, publish
 @click.option("--revision", metavar="BRANCH", help="Default: main.")
 @click.option("--token", help="Default: HF_TOKEN, or that of `hf auth login`.")
 def command(source: str, repo_id: str, card_info: str | None, settings: tuple[str, ...], **options) -> None:
-    """Publish the weights of a run of `ssmamba pretrain` or `finetune`, or of a weight file.
+    """Publish the weights of a run of `ssmamba pretrain`, `finetune` or `slide-pretrain`, or of a weight file.
 
     Uploads model.safetensors, config.json and a model card (README.md) in one commit; then
-    timm.create_model("hf-hub:ORG/NAME", pretrained=True) loads them. Look at the card first: --dry-run DIR.
+    timm.create_model("hf-hub:ORG/NAME", pretrained=True) loads them, and slide encoders
+    create_slide_encoder(NAME, D, pretrained="hf-hub:ORG/NAME"). Look at the card first: --dry-run DIR.
 
     Keys of --card-info and --set, each unknown where not given: license (of the weights, such as
     apache-2.0), description, training_data, data_license, target_mpp (microns per pixel), hardware, results,
@@ -37,4 +38,4 @@ def command(source: str, repo_id: str, card_info: str | None, settings: tuple[st
     info = load_config(CardInfo, card_info, dict(parse_setting(text) for text in settings))
     done = publish(source, repo_id, info=info, **options)
     click.echo(f"{', '.join(done.files)} -> {done.place}")
-    click.echo(f'load with timm.create_model("{done.name}", pretrained=True)')
+    click.echo(f"load with {done.call}")

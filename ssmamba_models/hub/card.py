@@ -83,14 +83,14 @@ def make_card(facts: CardFacts, info: CardInfo) -> str:
         "## Use",
         _use(facts),
         "## Training",
-        _table(_training_rows(facts, info)),
+        card_table(_training_rows(facts, info)),
         "## Model",
-        _table(_model_rows(facts, info)),
+        card_table(_model_rows(facts, info)),
         "## Results",
-        info.results or _last_epoch(facts.run) or "None were stated.",
+        info.results or last_epoch(facts.run) or "None were stated.",
         "## Limits",
         f"{info.limits}\n\n{LIMITS}" if info.limits else LIMITS,
-        *_hyper_parameters(facts.run),
+        *hyper_parameters(facts.run),
     ]
     return "\n\n".join(section.strip() for section in sections) + "\n"
 
@@ -144,7 +144,7 @@ def _training_rows(facts: CardFacts, info: CardInfo) -> list[tuple[str, Any]]:
         ("epochs", facts.metadata.get("epochs")),
         ("steps", facts.metadata.get("step")),
         ("images looked at, repetitions counted", None if facts.run.images is None else f"{facts.run.images:,}"),
-        ("time", None if facts.run.seconds is None else _duration(facts.run.seconds)),
+        ("time", None if facts.run.seconds is None else duration(facts.run.seconds)),
         ("hardware", info.hardware),
         ("ssmamba_models version", facts.metadata.get("ssmamba_models_version")),
     ]
@@ -163,7 +163,8 @@ def _model_rows(facts: CardFacts, info: CardInfo) -> list[tuple[str, Any]]:
     ]
 
 
-def _table(rows: Sequence[tuple[str, Any]]) -> str:
+def card_table(rows: Sequence[tuple[str, Any]]) -> str:
+    """Names and values as Markdown; None is unknown."""
     lines = [f"| {name} | {UNKNOWN if value is None else _cell(value)} |" for name, value in rows]
     return "\n".join(["| | |", "|---|---|", *lines])
 
@@ -172,20 +173,23 @@ def _cell(value: Any) -> str:
     return " ".join(str(value).split()).replace("|", r"\|")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, in words."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _last_epoch(run: RunRecord) -> str:
+def last_epoch(run: RunRecord) -> str:
+    """What the log's last epoch says; "" where there is none."""
     if not run.last:
         return ""
     rows = [(name, f"{value:.4g}") for name, value in run.last.items()]
-    return f"None were stated. The log's last epoch:\n\n{_table(rows)}"
+    return f"None were stated. The log's last epoch:\n\n{card_table(rows)}"
 
 
-def _hyper_parameters(run: RunRecord) -> list[str]:
+def hyper_parameters(run: RunRecord) -> list[str]:
+    """The section of a card with the run's configuration; [] where there is none."""
     import yaml
 
     if not run.config:

@@ -6,12 +6,17 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ssmamba_models.hub.bundle import FILES, load_trained, write_bundle
 from ssmamba_models.hub.card import CardInfo
+from ssmamba_models.hub.slide_bundle import holds_slide_encoder, write_slide_bundle
 from ssmamba_models.hub.upload import check_repo_id, upload
+
+# (folder, repo_id, info, bf16) -> the SHA-256 of the weights, and the Python that loads them, with {name}.
+Writer = Callable[[Path, str, CardInfo, bool], tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -20,15 +25,18 @@ class Published:
 
     Attributes:
         place: the address of the commit, or the folder of a dry run.
-        name: what timm.create_model takes: "hf-hub:..." or "local-dir:...".
+        name: what timm.create_model takes, "hf-hub:..." or "local-dir:..."; of a slide encoder what
+            create_slide_encoder takes as `pretrained`, "hf-hub:..." or the folder.
         files: what was written there.
         sha256: of model.safetensors.
+        call: the Python that loads it.
     """
 
     place: str
     name: str
     files: tuple[str, ...]
     sha256: str
+    call: str
 
 
 def publish(
@@ -43,12 +51,13 @@ def publish(
     token: str | None = None,
     revision: str | None = None,
 ) -> Published:
-    """Publish weights as timm loads them: model.safetensors, config.json and a model card, in one commit.
+    """Publish weights as timm (or `create_slide_encoder`) loads them: model.safetensors, config.json and a model card,
+    in one commit.
 
     Args:
-        source: the folder of a run, or a weight file.
+        source: the folder of a run, of tiles or slides, or a weight file.
         repo_id: ORG/NAME on the Hub.
-        model: the timm name; None takes what the weights say.
+        model: the timm name; None takes what the weights say. Slide encoders know theirs.
         info: what the card shall say that the run does not know.
         bf16: store the weights in bfloat16: half the size, good to about 2 digits.
         dry_run: write a folder, new or empty, and upload nothing.
@@ -64,29 +73,44 @@ def publish(
         OSError: the folder cannot be written, or the Hub cannot be reached or does not allow it.
     """
     check_repo_id(repo_id)
-    if dry_run is not None:
-        return _to_folder(source, repo_id, model, info or CardInfo(), bf16, dry_run)
+    folder = None if dry_run is None else _check_folder(dry_run)
+    slide = holds_slide_encoder(source)
+    if slide and model is not None:
+        raise ValueError(f"{os.fspath(source)!r} holds a slide encoder, which says what it is; leave --model out")
+    write = _slide_writer(source) if slide else _tile_writer(source, model)
+    if folder is not None:
+        name = str(folder) if slide else f"local-dir:{folder}"
+        sha256, call = _to_folder(write, repo_id, info or CardInfo(), bf16, folder)
+        return Published(str(folder), name, FILES, sha256, call.format(name=name))
     with tempfile.TemporaryDirectory(prefix="ssmamba-publish-") as temporary:
         folder = Path(temporary)
-        sha256 = write_bundle(folder, load_trained(source, model), repo_id, info or CardInfo(), bf16)
+        sha256, call = write(folder, repo_id, info or CardInfo(), bf16)
         address = upload(folder, FILES, repo_id, private=private, token=token, revision=revision)
     name = f"hf-hub:{repo_id}@{revision}" if revision else f"hf-hub:{repo_id}"
-    return Published(address, name, FILES, sha256)
+    return Published(address, name, FILES, sha256, call.format(name=name))
 
 
-def _to_folder(source, repo_id: str, model: str | None, info: CardInfo, bf16: bool, dry_run) -> Published:
-    folder = _check_folder(dry_run)
+def _slide_writer(source: str | os.PathLike) -> Writer:
+    return lambda folder, *options: write_slide_bundle(folder, source, *options)
+
+
+def _tile_writer(source: str | os.PathLike, model: str | None) -> Writer:
     trained = load_trained(source, model)
+    call = 'timm.create_model("{name}", pretrained=True)'
+    return lambda folder, *options: (write_bundle(folder, trained, *options), call)
+
+
+def _to_folder(write: Writer, repo_id: str, info: CardInfo, bf16: bool, folder: Path) -> tuple[str, str]:
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     part.mkdir()
     try:
-        sha256 = write_bundle(part, trained, repo_id, info, bf16)
+        written = write(part, repo_id, info, bf16)
         if folder.exists():
             folder.rmdir()  # empty, as was checked: Windows renames onto nothing
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return Published(str(folder), f"local-dir:{folder}", FILES, sha256)
+    return written
 
 
 def _check_folder(dry_run: str | os.PathLike) -> Path:

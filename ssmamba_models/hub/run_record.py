@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ssmamba_models.engine.weights import RUN_WEIGHTS
+from ssmamba_models.models.published import WEIGHTS
 
 # Of the machine that trained, and nothing that the weights depend on.
-_LOCAL = frozenset({"device", "workers", "log_every"})
-_PATHS = ("data", "init", "config", "out")
-_BOOKKEEPING = frozenset({"step", "epoch", "images", "seconds", "event", "lr", "grad_norm"})
+_LOCAL = frozenset({"device", "workers", "log_every", "cache_gb"})
+_PATHS = ("data", "features", "init", "config", "out")
+# What logs of tile and of slide trainings count.
+_COUNTED = ("images", "slides")
+_BOOKKEEPING = frozenset({"step", "epoch", *_COUNTED, "seconds", "event", "lr", "grad_norm"})
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class RunRecord:
 
     Attributes:
         config: the hyper-parameters, with folders cut to their last part: where a person keeps data is theirs.
-        seconds: of training. images: that it looked at, repetitions counted.
+        seconds: of training. images: that it looked at (or slides), repetitions counted.
         last: what the log's last epoch says: metric -> value.
     """
 
@@ -36,19 +39,19 @@ def read_run(weights: Path) -> RunRecord:
     """Read config.yaml and log.jsonl beside a run's weights; what is not there stays unknown.
 
     Args:
-        weights: the file that `find_weights` gave.
+        weights: the file that `find_weights` gave, or model.safetensors of a slide encoder's run.
 
     Raises:
         ValueError: config.yaml is not YAML.
     """
-    if weights.name != RUN_WEIGHTS:
+    if weights.name not in (RUN_WEIGHTS, WEIGHTS):
         return RunRecord()
     lines = _read_log(weights.with_name("log.jsonl"))
     epochs = [line for line in lines if line.get("event") == "epoch"]
     return RunRecord(
         config=_read_config(weights.with_name("config.yaml")),
         seconds=max((line["seconds"] for line in lines if "seconds" in line), default=None),
-        images=max((line["images"] for line in lines if "images" in line), default=None),
+        images=max((line[name] for line in lines for name in _COUNTED if name in line), default=None),
         last=_numbers(epochs[-1]) if epochs else {},
     )
 
