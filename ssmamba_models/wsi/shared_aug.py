@@ -57,7 +57,8 @@ class SharedAugmentation:
         for name, factor in self.jitter:
             images = getattr(transforms, f"adjust_{name}")(images, factor)
         if self.gray:
-            images = transforms.rgb_to_grayscale(images, num_output_channels=3)
+            # A copy: the three channels are one in memory, and the caller goes on in place.
+            images = transforms.rgb_to_grayscale(images, num_output_channels=3).contiguous()
         if self.sigma is not None:
             kernel = 2 * int(side * _KERNEL / 2) + 1
             images = transforms.gaussian_blur(images, [kernel, kernel], [self.sigma, self.sigma])
