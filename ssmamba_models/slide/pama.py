@@ -188,8 +188,8 @@ class PAMA(SlideEncoder):
             polar = polar.masked_fill(polar == self.polar_bins, 0)
             class_polar = mean(polar)
         else:
-            class_polar = torch.full_like(polar[..., :1], self.polar_bins)
-        mask = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
+            class_polar = polar.new_full((*polar.shape[:2], 1), self.polar_bins)
+        mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)
         polar = torch.cat([class_polar, polar], dim=-1)
         return PamaPosition(
             torch.cat([mean(distance), distance], dim=-1),

@@ -1,4 +1,4 @@
-"""PACA, PAMA's position-aware cross-attention between the tiles of a slide and its anchors, with reorientation (KRO)."""
+"""PACA, PAMA's position-aware cross-attention between a slide's tiles and its anchors, with reorientation (KRO)."""
 
 from __future__ import annotations
 
@@ -78,11 +78,9 @@ class PACA(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        # Bins 0..64; published checkpoints have one row more.
+        # Bins 0..64; published checkpoints have one row more. N(0, 1) as there: position counts from the first step.
         self.distance_embed = nn.Embedding(DISTANCE_BINS + 2, num_heads)
         self.polar_embed = nn.Embedding(polar_bins, 1 if shared_polar else num_heads)
-        for table in (self.distance_embed, self.polar_embed):
-            nn.init.normal_(table.weight, std=0.02)
 
     def forward(
         self, tiles: Tensor, anchors: Tensor, position: PamaPosition

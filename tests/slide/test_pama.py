@@ -17,18 +17,9 @@ from ssmamba_models.slide.slide_weights import load_slide_encoder, save_slide_en
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def with_positions(module):
-    """Tables of positions as strong as training makes them."""
-    for inner in module.modules():
-        if isinstance(inner, PACA):
-            torch.nn.init.normal_(inner.distance_embed.weight)
-            torch.nn.init.normal_(inner.polar_embed.weight)
-    return module
-
-
 def make(**arguments) -> PAMA:
     torch.manual_seed(0)
-    return with_positions(create_slide_encoder("test_pama", 6, **arguments)).eval()
+    return create_slide_encoder("test_pama", 6, **arguments).eval()
 
 
 def slide(tiles: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +56,7 @@ class TestPaca:
     @pytest.mark.parametrize("kro", [False, True])
     def test_it_is_the_formula(self, kro, shared_polar):
         tiles, anchors, where, polar = self.inputs()
-        module = with_positions(PACA(8, 2, kro=kro, shared_polar=shared_polar))
+        module = PACA(8, 2, kro=kro, shared_polar=shared_polar)
         (new_tiles, new_anchors), (by_tile, by_anchor) = module(tiles, anchors, where)
         q, k, v = module.qkv(tiles)[0].chunk(3, dim=-1)
         anchor_q, anchor_k, anchor_v = module.qkv(anchors)[0].chunk(3, dim=-1)
@@ -99,7 +90,7 @@ class TestPaca:
         moved = replace(where, sectors=one_hot_sectors(shifted, where.mask, 8))
         assert not torch.equal(moved.sectors, where.sectors)
         for kro in (True, False):
-            module = with_positions(PACA(8, 2, kro=kro))
+            module = PACA(8, 2, kro=kro)
             (want, found) = (module(tiles, anchors, given)[0] for given in (where, moved))
             same = all(torch.allclose(a, b, atol=1e-6) for a, b in zip(want, found))
             assert same == kro
@@ -111,7 +102,7 @@ class TestPaca:
         assert main_sectors(scores, one_hot_sectors(polar, mask, 8)).item() == 5
 
     def test_no_gradient_goes_through_the_vote(self):
-        tiles, anchors, where, _ = self.inputs()
+        where, _ = position()
         scores = torch.randn(1, 2, 3, 10, requires_grad=True)
         assert not main_sectors(scores, where.sectors).requires_grad
 
@@ -122,7 +113,7 @@ class TestPaca:
     def test_compat_adds_to_the_normalised_input(self):
         tiles, anchors, where, _ = self.inputs()
         torch.manual_seed(0)
-        plain = with_positions(PamaBlock(8, 2)).eval()
+        plain = PamaBlock(8, 2).eval()
         compat = PamaBlock(8, 2, compat=True).eval()
         compat.load_state_dict(plain.state_dict())
         normed = plain.norm1(tiles), plain.norm1(anchors)
@@ -172,7 +163,7 @@ class TestEncoder:
         assert not torch.allclose(encoder(features[None], grid[None], geometry=other), want, atol=1e-4)
 
     def test_class_token(self):
-        """At the mean distance, without direction; with compat it has the mean sector, and an anchor's tile sector 0."""
+        """At the mean distance, without direction; with compat in the mean sector, and an anchor's tile in sector 0."""
         _, grid = slide(20)
         mask = torch.arange(24)[None] < 20
         grid = F.pad(grid, (0, 0, 0, 4))[None]
@@ -219,13 +210,15 @@ class TestEncoder:
         encoder, (features, grid) = make(), slide(30)
         mask = torch.arange(33)[None] < 30
         tokens = encoder.tokens(F.pad(features, (0, 0, 0, 3))[None], F.pad(grid, (0, 0, 0, 3))[None], mask)
-        assert tokens.attention.shape == (1, 33) and tokens.anchor_weights.shape == (1, 2, 4, 33)
+        assert tokens.attention.shape == (1, 33)
+        assert tokens.anchor_weights.shape == (1, 2, 4, 33)
         torch.testing.assert_close(tokens.attention.sum(1), torch.ones(1))
         torch.testing.assert_close(tokens.class_weights.sum(-1), torch.ones(1, 2))
-        assert tokens.attention[~mask].eq(0).all() and tokens.attention[mask].gt(0).all()
+        assert tokens.attention[~mask].eq(0).all()
+        assert tokens.attention[mask].gt(0).all()
 
     def test_every_parameter_has_a_gradient_and_autocast_works(self):
-        encoder, (features, grid) = make().train(), slide(30)
+        encoder, (features, grid) = make(anchor_drop_rate=0.0).train(), slide(30)
         with torch.autocast("cpu", torch.bfloat16):
             vector = encoder(features[None], grid[None])
         vector.float()[0, 0].backward()
@@ -271,7 +264,8 @@ class TestEmbed:
     def test_a_larger_one_is_sampled_by_the_seed(self):
         encoder, (features, grid) = make(max_tiles=20), slide(90)
         one, again, other = (encoder.embed(features, grid, seed=seed) for seed in (1, 1, 2))
-        assert torch.equal(one, again) and not torch.allclose(one, other, atol=1e-4)
+        assert torch.equal(one, again)
+        assert not torch.allclose(one, other, atol=1e-4)
         whole = make()(features[None], grid[None])[0]
         torch.testing.assert_close(encoder.embed(features, grid, tiles="all"), whole)
         torch.testing.assert_close(encoder.embed(features, grid, tiles=90), whole)

@@ -87,7 +87,8 @@ def test_the_largest_distance_is_bin_64():
 
 def test_tiles_at_one_place():
     geometry = slide_geometry(torch.full((5, 2), 7.0), tiles_per_anchor=2)
-    assert geometry.distance.eq(0).all() and geometry.polar.eq(8).all()
+    assert geometry.distance.eq(0).all()
+    assert geometry.polar.eq(8).all()
 
 
 def test_a_batch_pads_and_spreads():
@@ -96,11 +97,15 @@ def test_a_batch_pads_and_spreads():
     mask[torch.randperm(26, generator=torch.Generator().manual_seed(1))[:20]] = True
     plain = slide_geometry(grid, 5)
     spread = spread_geometry(plain, mask)
-    assert torch.equal(spread.distance[:, mask], plain.distance) and torch.equal(spread.polar[:, mask], plain.polar)
-    assert spread.polar[:, ~mask].eq(8).all() and mask[spread.anchors].all()
+    assert torch.equal(spread.distance[:, mask], plain.distance)
+    assert torch.equal(spread.polar[:, mask], plain.polar)
+    assert spread.polar[:, ~mask].eq(8).all()
+    assert mask[spread.anchors].all()
     batch = stack_geometry([slide_geometry(grid[:3], 5), plain])
-    assert batch.distance.shape == (2, 5, 20) and batch.anchor_mask.sum(1).tolist() == [1, 5]
-    assert batch.polar[0, :, 3:].eq(8).all() and torch.equal(batch.polar[1], plain.polar)
+    assert batch.distance.shape == (2, 5, 20)
+    assert batch.anchor_mask.sum(1).tolist() == [1, 5]
+    assert batch.polar[0, :, 3:].eq(8).all()
+    assert torch.equal(batch.polar[1], plain.polar)
 
 
 @pytest.mark.parametrize(
