@@ -62,9 +62,23 @@ class BagPredictor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self.model(features.to(self.device)[None], coords.to(self.device)[None])
 
+    def finite_output(self, place: int) -> dict[str, Any]:
+        """As `output`, for what is told to a user.
+
+        Raises:
+            ValueError: the logits are not finite; as probabilities they would stand for the first class.
+        """
+        output = self.output(place)
+        if not output["logits"].isfinite().all():
+            raise ValueError(
+                f"what the model says of slide {self.reader.bags.bags[place].slide!r} is not finite; look for NaN in "
+                "its features with `ssmamba check`"
+            )
+        return output
+
     def logits(self, places: np.ndarray) -> Tensor:
-        """(n, num_classes) float32, on the CPU."""
-        return torch.cat([self.output(int(place))["logits"].float().cpu() for place in places])
+        """(n, num_classes) float32, on the CPU; raises as `finite_output`."""
+        return torch.cat([self.finite_output(int(place))["logits"].float().cpu() for place in places])
 
 
 class Fit:

@@ -30,7 +30,7 @@ class PredictSummary:
         out: the CSV.
         classes: names of the probabilities.
         predictions: of each slide that could be read.
-        unreadable: (file, reason) of the others.
+        unreadable: (file, reason) of the others, those with NaN included.
         models: how many models were averaged.
     """
 
@@ -84,7 +84,8 @@ def predict_mil(
         What was predicted, and which files could not be read.
 
     Raises:
-        ValueError: the features are not of the kind that the model was trained on, or the model is damaged.
+        ValueError: the features are not of the kind that the model was trained on, no file can be read, or the model
+            is damaged.
         FileNotFoundError, FileExistsError, OSError: something to read is not there, or the CSV cannot be written.
         ImportError: an optional package is missing; the message names the extra.
     """
@@ -95,7 +96,7 @@ def predict_mil(
     for number, bag in enumerate(tqdm(bags.bags, unit="slide", desc="predict", disable=not progress)):
         try:
             probabilities = _mean_probabilities(models, BagReader(bags, math.inf), number, precision)
-        except OSError as error:
+        except (ValueError, OSError) as error:
             unreadable.append((str(bag.path), str(error)))
             continue
         predictions.append(SlidePrediction(bag.slide, bag.tiles, tuple(probabilities)))
@@ -116,14 +117,14 @@ def score_tiles(
         precision, device: as `MilConfig`.
 
     Raises:
-        As `predict_mil`.
+        As `predict_mil`; ValueError where features are NaN.
     """
     model = load_mil_model(run, resolve_device(device))
     bag, provenance = open_bag(features)
     _check_provenance(model, bag, provenance)
     bags = Bags(bag.path.parent, (bag,), provenance["feature_dim"], provenance)
     predictor = BagPredictor(model.model, BagReader(bags, 0), _bf16(model, precision))
-    output = predictor.output(0)
+    output = predictor.finite_output(0)
     probabilities = output["logits"][0].float().softmax(dim=0).tolist()
     prediction = SlidePrediction(bag.slide, bag.tiles, tuple(probabilities))
     return TileScores(prediction, model.classes, output["attention"][0].float().cpu().numpy())

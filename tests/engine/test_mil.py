@@ -319,8 +319,22 @@ def test_features_that_are_not_numbers(small, tmp_path):
     features = np.ones((9, 6), np.float32)
     features[3, 2] = np.nan
     write_slide(folder / f"{name}.h5", name, features, model="synthetic", weights_sha256="none")
-    with pytest.raises(ValueError, match=f"the loss of slide '{name}' is nan.*ssmamba check"):
+    with pytest.raises(ValueError, match=f"slide '{name}' is (nan|not finite).*ssmamba check"):
         train_mil(quick_config(folder, "mean", epochs=1), tmp_path / "run", progress=False)
+
+
+def test_tested_slides_that_are_not_numbers(small, tmp_path):
+    folder = tmp_path / "bad"
+    shutil.copytree(small, folder)
+    lines = table(small / "labels.csv")
+    tested = sorted({line["patient"] for line in lines})[-4:]
+    rows = [(line["slide"], line["label"], line["patient"], line["patient"] in tested) for line in lines]
+    rows = [(*row, "test" if test else "train") for *row, test in rows]
+    name = rows[-1][0]
+    write_slide(folder / f"{name}.h5", name, np.full((9, 6), np.nan, "f4"), model="synthetic", weights_sha256="none")
+    config = quick_config(folder, "mean", epochs=1, labels=label(folder, rows))
+    with pytest.raises(ValueError, match=f"says of slide '{name}' is not finite.*ssmamba check"):
+        train_mil(config, tmp_path / "run", progress=False)
 
 
 # ---- prediction ----
@@ -371,9 +385,14 @@ def test_bad_files_do_not_stop_the_others(run, slides, tmp_path):
         shutil.copy(slides / f"{name}.h5", folder)
     (folder / "zero.h5").write_bytes(b"")
     (folder / "cut.h5").write_bytes((slides / "slide_002_0.h5").read_bytes()[:2000])
+    write_slide(folder / "nan.h5", "nan", np.full((3, 16), np.nan, "f4"), model="synthetic", weights_sha256="none")
     summary = predict_mil(run[0], folder, tmp_path / "p.csv", progress=False)
     assert [row.slide for row in summary.predictions] == ["slide_000_0", "slide_001_0"]
-    assert sorted(os.path.basename(path) for path, _ in summary.unreadable) == ["cut.h5", "zero.h5"]
+    reasons = {os.path.basename(path): reason for path, reason in summary.unreadable}
+    assert set(reasons) == {"cut.h5", "nan.h5", "zero.h5"}
+    assert "not finite; look for NaN" in reasons["nan.h5"]
+    with pytest.raises(ValueError, match="slide 'nan' is not finite"):
+        score_tiles(run[0], folder / "nan.h5")
 
 
 def test_features_of_another_kind_are_refused(run, slides, small, tmp_path):
