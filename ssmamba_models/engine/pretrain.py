@@ -33,7 +33,6 @@ from ssmamba_models.engine.run_folder import open_run
 from ssmamba_models.engine.run_log import RunLog
 from ssmamba_models.engine.train_config import INFINITE, TrainConfig
 
-
 # Setting -> the value that stands for the method's own.
 _METHODS_OWN = {
     "optimizer": None,

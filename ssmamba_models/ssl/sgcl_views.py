@@ -12,7 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.transforms import functional
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the tile
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 
 class SpatialGuidedMultiCrop:
@@ -75,20 +75,17 @@ class SpatialGuidedMultiCrop:
         width, height = image.size
         if min(width, height) < 2:
             raise ValueError(f"a tile of {width} x {height} px has no four corners")
-        views = {"image": self._view(image, (0, 0, width, height), self.area, self.img_size, generator)}
+        views = {"image": self._view(image, self.area, self.img_size, generator)}
         if self.inner:
-            crops = [
-                self._view(image, corner, self.crop_area, self.crop_size, generator)
-                for corner in _corners(width, height)
-            ]
+            # Cut out first: resizing a part of an image looks a little beyond it.
+            corners = [image.crop(corner) for corner in _corners(width, height)]
+            crops = [self._view(corner, self.crop_area, self.crop_size, generator) for corner in corners]
             views["crops"] = torch.stack(crops)
         return views
 
-    def _view(
-        self, image: Image.Image, region: Box, area: tuple[float, float], size: int, generator: torch.Generator
-    ) -> Tensor:
+    def _view(self, image: Image.Image, area: tuple[float, float], size: int, generator: torch.Generator) -> Tensor:
         share, aspect, left, top, gray, flip, *colors = torch.rand(10, generator=generator).tolist()
-        box = _crop(region, area[0] + share * (area[1] - area[0]), aspect, left, top)
+        box = _crop(image.size, area[0] + share * (area[1] - area[0]), aspect, left, top)
         view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
         if gray < self.gray:
             view = functional.to_grayscale(view, num_output_channels=3)
@@ -107,17 +104,17 @@ class SpatialGuidedMultiCrop:
         return functional.adjust_hue(view, hue)
 
 
-def _corners(width: int, height: int) -> list[Box]:
+def _corners(width: int, height: int) -> list[tuple[int, int, int, int]]:
     x, y = width // 2, height // 2
     return [(0, 0, x, y), (width - x, 0, width, y), (0, height - y, x, height), (width - x, height - y, width, height)]
 
 
-def _crop(region: Box, share: float, aspect: float, left: float, top: float) -> Box:
-    """A random crop of a share of a region's area, from 3 : 4 to 4 : 3 but within the region."""
-    width, height = region[2] - region[0], region[3] - region[1]
+def _crop(size: tuple[int, int], share: float, aspect: float, left: float, top: float) -> Box:
+    """A random crop of a share of an image's area, from 3 : 4 to 4 : 3 but within the image."""
+    width, height = size
     ratio = math.exp((2 * aspect - 1) * math.log(4 / 3))
     across = min(width, math.sqrt(share * width * height * ratio))
     down = min(height, math.sqrt(share * width * height / ratio))
-    x, y = region[0] + left * (width - across), region[1] + top * (height - down)
-    # Rounding may leave the box a hair outside the region, which Pillow refuses at the tile's edge.
-    return (x, y, min(x + across, region[2]), min(y + down, region[3]))
+    x, y = left * (width - across), top * (height - down)
+    # Rounding may leave the box a hair outside the image, which Pillow refuses.
+    return (x, y, min(x + across, width), min(y + down, height))
