@@ -17,6 +17,8 @@ from ssmamba_models.wsi.mpp import PixelSize, pixel_size_from_resolution
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _YCBCR = 0, 1, 2, 6
 _JPEGS = {6, 7, 33007, 34892}
 _LAYOUTS = ("YX", "YXS", "SYX", "CYX")
+# TIFF 6.0, tag 338 (ExtraSamples).
+_UNASSOCIATED_ALPHA = 2
 
 # OME schema 2016-06, UnitsLength, in um.
 _OME_UNITS = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4, "in": 25_400.0}
@@ -97,8 +99,9 @@ def check_samples(series: Any) -> None:
         raise UnsupportedSlideError(f"it has {channels} channels, expected RGB, RGBA or grey; save an RGB rendering")
     if series.dtype not in (np.uint8, np.uint16):
         raise UnsupportedSlideError(f"its samples are {series.dtype}, which has no defined white; save 8 or 16 bits")
-    if series.axes == "CYX" and page.photometric != _RGB and series.dtype != np.uint8:
-        raise UnsupportedSlideError("its 16-bit channels are no RGB (fluorescence?); save an RGB rendering")
+    if page.photometric != _RGB and (channels == 4 or (series.axes == "CYX" and series.dtype != np.uint8)):
+        kind = "four" if channels == 4 else "16-bit"
+        raise UnsupportedSlideError(f"its {kind} channels are no RGB (fluorescence?); save an RGB rendering")
 
 
 def _check_colors(page: Any) -> None:
@@ -134,16 +137,19 @@ def samples_to_rgb(samples: np.ndarray, page: Any) -> np.ndarray:
         full = 2 ** min(int(page.bitspersample), 16) - 1
         samples = (samples * (255.0 / full) + 0.5).astype(np.uint8)
     if samples.shape[2] == 4:
-        samples = _on_white(samples)
+        # What is not specified counts as associated, as in libtiff.
+        samples = _on_white(samples, _UNASSOCIATED_ALPHA not in page.extrasamples)
     if page.photometric == _MIN_IS_WHITE:
         samples = 255 - samples
     return np.ascontiguousarray(np.broadcast_to(samples, (*samples.shape[:2], 3)))
 
 
-def _on_white(samples: np.ndarray) -> np.ndarray:
-    alpha = samples[:, :, 3:].astype(np.uint16)
-    mixed = samples[:, :, :3] * alpha + BACKGROUND[0] * (255 - alpha)
-    return ((mixed + 127) // 255).astype(np.uint8)
+def _on_white(samples: np.ndarray, associated: bool) -> np.ndarray:
+    colours, alpha = samples[:, :, :3].astype(np.uint16), samples[:, :, 3:].astype(np.uint16)
+    glass = BACKGROUND[0] - alpha
+    if associated:  # the colours are multiplied by alpha already
+        return np.minimum(colours + glass, 255).astype(np.uint8)
+    return ((colours * alpha + 255 * glass + 127) // 255).astype(np.uint8)
 
 
 def find_pixel_sizes(file: Any, series: Any) -> list[PixelSize]:

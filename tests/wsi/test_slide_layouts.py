@@ -78,6 +78,17 @@ class TestTiff:
             assert np.array_equal(slide.read_region(300, 200, 100, 100, MPP), RGB[200:300, 300:400])
             assert (slide.read_region(0, 0, 100, 100, MPP) == 255).all()
 
+    @pytest.mark.parametrize("stored", [{"tile": (256, 256)}, {}], ids=["openslide", "tifffile"])
+    def test_half_transparent(self, tmp_path, stored):
+        alpha = np.full((*RGB.shape[:2], 1), 128)
+        expected = (RGB * 128.0 + 255 * 127) / 255
+        for kind, share in (("unassalpha", 1), ("assocalpha", 128 / 255), ("unspecified", 128 / 255)):
+            rgba = np.rint(np.dstack([RGB * share, alpha])).astype(np.uint8)
+            path = write(tmp_path / f"{kind}.tif", rgba, photometric="rgb", extrasamples=[kind], **stored)
+            with open_slide(path) as slide:
+                assert slide.backend == ("openslide" if stored else "tifffile")
+                np.testing.assert_allclose(slide.read_region(0, 0, *SIZE, MPP), expected, atol=2, err_msg=kind)
+
     @pytest.mark.parametrize("channels", [1, 3])
     def test_16_bits_are_scaled_by_their_full_range(self, tmp_path, channels):
         eight = RGB if channels == 3 else RGB[:, :, :1]
@@ -123,6 +134,7 @@ class TestTiff:
         [
             (np.zeros((5, 64, 64), np.uint8), "CYX", "5 channels, expected RGB"),
             (np.zeros((3, 64, 64), np.uint16), "CYX", "16-bit channels are no RGB"),
+            (np.zeros((4, 64, 64), np.uint8), "CYX", "four channels are no RGB"),
             (np.zeros((4, 64, 64), np.uint8), "ZYX", r"stacked \(axes ZYX"),
             (np.zeros((64, 64), np.float32), "YX", "float32, which has no defined white"),
         ],
@@ -139,6 +151,7 @@ class TestTiff:
             (np.zeros((64, 64, 3), np.float32), {"photometric": "rgb"}, "float32, which has no defined white"),
             (np.zeros((3, 64, 64), np.uint8), {"photometric": "minisblack"}, "stacked"),
             (np.zeros((64, 64, 5), np.uint8), {"photometric": "minisblack", "planarconfig": "contig"}, "5 channels"),
+            (np.zeros((64, 64, 4), np.uint8), {"photometric": "minisblack", "planarconfig": "contig"}, "four channels"),
         ],
     )
     def test_no_rgb_picture_though_openslide_opens_it(self, tmp_path, data, options, message):
