@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from pathlib import Path
 from typing import Any
 
+from ssmamba_models.data.csv_rows import read_csv_rows
 from ssmamba_models.data.tile_geometry import GEOMETRY, clean
 
 # The column's usual name is shorter than the attribute's.
@@ -26,22 +26,21 @@ def read_slide_table(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a column is missing, a number is wrong, or a slide has two rows that differ.
+        ValueError: it is no CSV, a column is missing, a number is wrong, or a slide has two rows that differ.
     """
+    titles, rows = read_csv_rows(Path(path), "slide")
+    header = [name.strip() for name in titles]
+    if "slide" not in header or not set(header) & set(_COLUMNS):
+        raise ValueError(
+            f"{os.fspath(path)!r} has the columns {', '.join(sorted(header))}; expected slide and any of "
+            f"{', '.join(_COLUMNS)}"
+        )
     table: dict[str, dict[str, Any]] = {}
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        header = {(name or "").strip() for name in reader.fieldnames or ()}
-        if "slide" not in header or not header & set(_COLUMNS):
-            raise ValueError(
-                f"{os.fspath(path)!r} has the columns {', '.join(sorted(header)) or '(none)'}; expected slide and any "
-                f"of {', '.join(_COLUMNS)}"
-            )
-        for row in reader:
-            cells = {(name or "").strip(): value.strip() for name, value in row.items() if isinstance(value, str)}
-            where = f"{os.fspath(path)!r} line {reader.line_num}"
-            facts = {_COLUMNS[name]: clean(_COLUMNS[name], cells[name], where) for name in _COLUMNS if cells.get(name)}
-            _enter(table, cells.get("slide", ""), facts, where)
+    for line, fields in rows:
+        cells = dict(zip(header, (field.strip() for field in fields)))
+        where = f"{os.fspath(path)!r} line {line}"
+        facts = {_COLUMNS[name]: clean(_COLUMNS[name], cells[name], where) for name in _COLUMNS if cells.get(name)}
+        _enter(table, cells["slide"], facts, where)
     return table
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssmamba_models.data.csv_rows import read_csv_rows
 from ssmamba_models.wsi.errors import MissingMppError, UnsupportedSlideError
 
 # Microscope scans lie between 0.05 and 5 um/px; 10 um/px is 2540 dpi, beyond which resolution tags speak of
@@ -135,34 +135,32 @@ def read_mpp_csv(path: str | os.PathLike) -> dict[str, float]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a column is missing, a number is wrong, or a slide has two.
+        ValueError: it is no CSV, a column is missing, a number is wrong, or a slide has two.
     """
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        missing = {"slide", "mpp"} - {(name or "").strip() for name in reader.fieldnames or ()}
-        if missing:
-            raise ValueError(
-                f"{os.fspath(path)!r} has no column {' and no column '.join(sorted(missing))}; "
-                "expected a CSV whose first line is: slide,mpp"
-            )
-        return _mpp_rows(reader, path)
-
-
-def _mpp_rows(reader: csv.DictReader, path: str | os.PathLike) -> dict[str, float]:
+    header, rows = read_csv_rows(Path(path), "slide")
+    columns = {name.strip(): place for place, name in enumerate(header)}
+    missing = {"slide", "mpp"} - set(columns)
+    if missing:
+        raise ValueError(
+            f"{os.fspath(path)!r} has no column {' and no column '.join(sorted(missing))}; "
+            "expected a CSV whose first line is: slide,mpp"
+        )
     table: dict[str, float] = {}
-    for row in reader:
-        cells = {(name or "").strip(): value.strip() for name, value in row.items() if isinstance(value, str)}
-        where = f"{os.fspath(path)!r} line {reader.line_num}"
-        slide, text = cells.get("slide", ""), cells.get("mpp", "")
-        try:
-            mpp = check_mpp(float(text), "mpp")
-        except ValueError as error:
-            raise ValueError(f"{where}: the mpp of {slide!r} is {text!r}, expected a number such as 0.25") from error
-        if not slide:
-            raise ValueError(f"{where}: no slide is named")
-        if table.setdefault(slide, mpp) != mpp:
-            raise ValueError(f"{where}: {slide!r} has two mpp, {table[slide]:g} and {mpp:g}; keep one")
+    for line, fields in rows:
+        slide, text = (fields[columns[name]].strip() for name in ("slide", "mpp"))
+        _enter(table, slide, text, f"{os.fspath(path)!r} line {line}")
     return table
+
+
+def _enter(table: dict[str, float], slide: str, text: str, where: str) -> None:
+    try:
+        mpp = check_mpp(float(text), "mpp")
+    except ValueError as error:
+        raise ValueError(f"{where}: the mpp of {slide!r} is {text!r}, expected a number such as 0.25") from error
+    if not slide:
+        raise ValueError(f"{where}: no slide is named")
+    if table.setdefault(slide, mpp) != mpp:
+        raise ValueError(f"{where}: {slide!r} has two mpp, {table[slide]:g} and {mpp:g}; keep one")
 
 
 def find_mpp(table: Mapping[str, float], path: str | os.PathLike) -> float | None:

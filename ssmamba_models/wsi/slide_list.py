@@ -16,6 +16,10 @@ SLIDE_SUFFIXES = frozenset(
 )
 
 
+# File systems allow 255 bytes; `whole_file` needs 23 of them for ".NAME.01234567.part.geojson".
+_LONGEST_NAME = 255 - 23
+
+
 @dataclass(frozen=True)
 class SlideFile:
     """A slide of a job.
@@ -57,7 +61,8 @@ def find_slides(
 
     Raises:
         FileNotFoundError: a place does not exist.
-        ValueError: there is no slide, or two have one name, or a name is no text.
+        ValueError: there is no slide, two have one name, a name is no text or too long, or the table names none of
+            them.
     """
     places = [places] if isinstance(places, (str, os.PathLike)) else list(places)
     paths = {os.path.realpath(path): path for place in places for path in _files(Path(place))}
@@ -68,6 +73,7 @@ def find_slides(
         )
     slides = [_slide(path, mpp_override, mpp_table or {}) for path in paths.values()]
     _check_distinct(slides)
+    _check_table(slides, mpp_table or {})
     return sorted(slides, key=lambda slide: slide.name)
 
 
@@ -90,6 +96,11 @@ def _slide(path: Path, mpp_override: float | None, mpp_table: Mapping[str, float
         name.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"the name of the slide {os.fsencode(path)!r} is not valid UTF-8; rename it") from error
+    if len(name.encode()) > _LONGEST_NAME:
+        raise ValueError(
+            f"the name of the slide {str(path)!r} is too long for files that are called after it (at most "
+            f"{_LONGEST_NAME} bytes without the suffix); rename it"
+        )
     mpp = find_mpp(mpp_table, path)
     return SlideFile(os.path.abspath(path), name, mpp_override if mpp is None else mpp)
 
@@ -103,6 +114,15 @@ def _check_distinct(slides: Iterable[SlideFile]) -> None:
                 f"two slides are called {slide.name!r}: {other.path!r} and {slide.path!r}; their features would be one "
                 "file: rename one, or extract them into two jobs (--out)"
             )
+
+
+def _check_table(slides: Iterable[SlideFile], mpp_table: Mapping[str, float]) -> None:
+    # A table may be that of many jobs, but one that says nothing of any slide is another's, or misspelt.
+    if mpp_table and all(find_mpp(mpp_table, slide.path) is None for slide in slides):
+        raise ValueError(
+            f"the table of mpp names none of the slides: it has {next(iter(mpp_table))!r}, for example, and the "
+            f"slides {next(iter(slides)).name!r}; slides go by their file's name, with or without its suffix"
+        )
 
 
 def shard_order(slides: Sequence[SlideFile], shard: tuple[int, int] | None) -> list[SlideFile]:

@@ -125,6 +125,20 @@ class TestSlideList:
         with pytest.raises(ValueError, match="is not valid UTF-8"):
             find_slides(tmp_path)
 
+    def test_a_name_too_long_for_its_files(self, tmp_path):
+        (tmp_path / f"{'l' * 232}.svs").touch()
+        assert len(find_slides(tmp_path)) == 1
+        (tmp_path / f"{'ü' * 117}.svs").touch()
+        with pytest.raises(ValueError, match=r"is too long for files that are called after it.*rename"):
+            find_slides(tmp_path)
+
+    def test_a_table_of_other_slides(self, tmp_path):
+        (tmp_path / "a.svs").touch()
+        (tmp_path / "b.svs").touch()
+        assert [slide.mpp for slide in find_slides(tmp_path, None, {"a.svs": 0.5, "x": 1.0})] == [0.5, None]
+        with pytest.raises(ValueError, match="table of mpp names none of the slides: it has 'x'"):
+            find_slides(tmp_path, None, {"x": 0.5})
+
     def test_each_shard_begins_with_its_own_share(self):
         slides = [SlideFile(name, name) for name in "abcdefg"]
         orders = [[slide.name for slide in shard_order(slides, (index, 3))] for index in (1, 2, 3)]

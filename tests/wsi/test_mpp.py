@@ -123,7 +123,7 @@ class TestCsv:
         return path
 
     def test_names_and_file_names(self, tmp_path):
-        table = read_mpp_csv(self.write(tmp_path, "\ufeffslide, mpp ,note\na.svs,0.25,x\nb, 0.5\nb,0.5\n"))
+        table = read_mpp_csv(self.write(tmp_path, "\ufeffslide, mpp ,note\na.svs,0.25,x\nb, 0.5,\nb,0.5,\n"))
         assert table == {"a.svs": 0.25, "b": 0.5}
         found = [find_mpp(table, name) for name in ("x/a.svs", "a.tif", "y/b.ome.tif", "c.svs")]
         assert found == [0.25, None, 0.5, None]
@@ -131,11 +131,15 @@ class TestCsv:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("", "no column mpp and no column slide"),
+            ("", r"mpp\.csv' has no rows"),
+            ("a;b\nx;0.5\n", "no column mpp and no column slide"),
             ("slide,um\na,1\n", "no column mpp; expected a CSV whose first line is: slide,mpp"),
             ("slide,mpp\na,fine\n", "line 2: the mpp of 'a' is 'fine'"),
             ("slide,mpp\na,-1\n", "line 2: the mpp of 'a' is '-1'"),
-            ("slide,mpp\na\n", "line 2: the mpp of 'a' is ''"),
+            ("slide,mpp\na\n", "line 2: 1 fields, but the header has 2"),
+            ("slide,mpp\na,\n", "line 2: the mpp of 'a' is ''"),
+            ("slide,mpp\na,0,25\n", "line 2: 3 fields, but the header has 2"),
+            ("slide,mpp\na,1,25\n", "line 2: 3 fields, but the header has 2"),
             ("slide,mpp\n,0.5\n", "line 2: no slide is named"),
             ("slide,mpp\na,0.5\na,0.25\n", "line 3: 'a' has two mpp, 0.5 and 0.25"),
         ],
@@ -143,6 +147,12 @@ class TestCsv:
     def test_mistakes(self, tmp_path, text, message):
         with pytest.raises(ValueError, match=message):
             read_mpp_csv(self.write(tmp_path, text))
+
+    def test_no_table(self, tmp_path):
+        path = tmp_path / "mpp.csv"
+        path.write_bytes(b"slide,mpp\n\xe9,0.5\n")
+        with pytest.raises(ValueError, match=r"mpp\.csv' is not UTF-8"):
+            read_mpp_csv(path)
 
 
 @pytest.mark.parametrize(
