@@ -36,6 +36,8 @@ def mixed_provenance(provenances: Mapping[Key, Mapping[str, Any]]) -> dict[Key, 
         first count as most.
     """
     mixed: dict[Key, list[str]] = {}
+    if not provenances:
+        return mixed
     for name in ("embed_dim", *ENCODER, *TILES):
         values = {key: provenance.get(name) for key, provenance in provenances.items()}
         counts = Counter(repr(value) for value in values.values())

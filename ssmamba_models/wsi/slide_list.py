@@ -152,7 +152,7 @@ def parse_shard(text: str | None, environment: Mapping[str, str] = os.environ) -
         (i, n), or None outside an array.
 
     Raises:
-        ValueError: it is not i/n with 1 <= i <= n.
+        ValueError: it is not i/n with 1 <= i <= n, or the array's numbers are none.
     """
     if text is None:
         return _slurm_shard(environment)
@@ -169,5 +169,8 @@ def _slurm_shard(environment: Mapping[str, str]) -> tuple[int, int] | None:
     values = [environment.get(f"SLURM_ARRAY_TASK_{name}", default) for name, default in names.items()]
     if None in values:
         return None
-    task, count, least, step = map(int, values)
+    try:
+        task, count, least, step = map(int, values)
+    except ValueError as error:
+        raise ValueError(f"SLURM_ARRAY_TASK_ID and the like are {values}, no numbers; give --shard i/n") from error
     return (task - least) // max(step, 1) % count + 1, count

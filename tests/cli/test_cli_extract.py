@@ -167,6 +167,10 @@ class TestSlideList:
         assert parse_shard(None, environment) == shard
         assert parse_shard("2/3", environment) == (2, 3)
 
+    def test_an_array_that_is_none(self):
+        with pytest.raises(ValueError, match="SLURM_ARRAY_TASK_ID .*no numbers; give --shard"):
+            parse_shard(None, {"SLURM_ARRAY_TASK_ID": "x", "SLURM_ARRAY_TASK_COUNT": "4"})
+
 
 @pytest.mark.slow
 def test_the_installed_command(slides, tmp_path):

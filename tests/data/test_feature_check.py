@@ -164,6 +164,10 @@ def test_an_unreadable_file_does_not_stop_the_others(tmp_path):
     (tmp_path / "a.h5").write_text("text")
     reports = list(check_feature_files([tmp_path / "a.h5", write(tmp_path / "b.h5")]))
     assert [[problem.kind for problem in report.problems] for report in reports] == [["unreadable"], []]
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "broken.h5").write_bytes(b"nothing")
+    (alone,) = check_feature_files([tmp_path / "none" / "broken.h5"])
+    assert [problem.kind for problem in alone.problems] == ["unreadable"]
     assert (reports[1].tiles, reports[1].embed_dim, reports[1].dtype) == (40, 4, "float32")
 
 
