@@ -269,7 +269,7 @@ def test_it_learns():
     sgcl, batch = make_sgcl(ramp_epochs=0), make_batch(index=range(0, 72, 9))
     optimizer = torch.optim.SGD([p for p in sgcl.parameters() if p.requires_grad], 0.02, momentum=0.9)
     losses = []
-    for step in range(25):
+    for step in range(15):
         sgcl.start_step(step // 5, step)
         out = sgcl(batch)
         out["loss"].backward()

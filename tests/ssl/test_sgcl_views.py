@@ -20,7 +20,8 @@ def seeded(seed):
 
 def test_shapes_and_defaults():
     views = SpatialGuidedMultiCrop(224)(quadrants(256), seeded(0))
-    assert {name: tuple(view.shape) for name, view in views.items()} == {"image": (3, 224, 224), "crops": (4, 3, 96, 96)}
+    shapes = {name: tuple(view.shape) for name, view in views.items()}
+    assert shapes == {"image": (3, 224, 224), "crops": (4, 3, 96, 96)}
     assert {view.dtype for view in views.values()} == {torch.float32}
 
 
