@@ -31,7 +31,7 @@ def make_slide_report(
     return {
         "format": FORMAT,
         "versions": versions(),
-        "settings": asdict(task.settings),
+        "settings": {**asdict(task.settings), "budgets": list(task.settings.budgets)},
         "data": {
             "labels": str(table.root),
             "sha256": table.sha256(),
