@@ -23,6 +23,7 @@ class PamaTokens:
         class_weights: (B, H, K), how much the class token reads each anchor, in the last block; sums to 1.
         anchor_weights: (B, H, K, N), how much each anchor read each tile, in the block before; sums to 1 with what it
             read of the class token.
+        geometry: what the anchors are, and where the tiles lie.
     """
 
     tiles: Tensor
@@ -30,6 +31,7 @@ class PamaTokens:
     anchor_mask: Tensor
     class_weights: Tensor
     anchor_weights: Tensor
+    geometry: PamaGeometry
 
     @property
     def attention(self) -> Tensor:
@@ -144,6 +146,9 @@ class PAMA(SlideEncoder):
     ) -> PamaTokens:
         """What the blocks make of tiles and anchors, and what they read; shapes are not checked.
 
+        For a picture of a slide: `tokens(features, grid).attention`, or what single anchors read, `anchor_weights` of
+        the tiles `geometry.anchors`.
+
         Args:
             features, grid, mask: as in `forward`; here a slide may be without tiles.
             geometry: of the slides, where it is known already, as from `PamaViews`; grid is then not read.
@@ -162,7 +167,7 @@ class PAMA(SlideEncoder):
         for block in self.blocks:
             (tiles, anchors), (by_tile, by_anchor) = block(tiles, anchors, position)
             weights = [*weights[-1:], (by_tile.detach()[:, :, 0], by_anchor.detach()[..., 1:])]
-        return PamaTokens(tiles, anchors, position.anchor_mask, weights[1][0], weights[0][1])
+        return PamaTokens(tiles, anchors, position.anchor_mask, weights[1][0], weights[0][1], geometry)
 
     def geometry(self, grid: Tensor, mask: Tensor) -> PamaGeometry:
         """Anchors, distances and sectors of a batch of slides, on its device: grid (B, N, 2), mask (B, N)."""

@@ -216,6 +216,7 @@ class TestEncoder:
         torch.testing.assert_close(tokens.class_weights.sum(-1), torch.ones(1, 2))
         assert tokens.attention[~mask].eq(0).all()
         assert tokens.attention[mask].gt(0).all()
+        assert torch.equal(tokens.geometry.anchors[0], encoder.slide_geometry(grid).anchors)
 
     def test_every_parameter_has_a_gradient_and_autocast_works(self):
         encoder, (features, grid) = make(anchor_drop_rate=0.0).train(), slide(30)

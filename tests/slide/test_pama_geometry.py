@@ -85,6 +85,15 @@ def test_the_largest_distance_is_bin_64():
     assert sorted(geometry.distance.tolist()) == [[0, 64], [64, 0]]
 
 
+def test_the_largest_distance_need_not_be_between_outermost_tiles():
+    """Of this triangle's corners, (5, 9) is nearest to the middle of the slide, and end of a longest side."""
+    geometry = slide_geometry(torch.tensor([[0.0, 0.0], [10.0, 0.0], [5.0, 9.0]]), tiles_per_anchor=1)
+    back = geometry.anchors.argsort()
+    base = math.floor(10 / (math.hypot(5, 9) / 64))
+    assert base == 62
+    assert geometry.distance[back].tolist() == [[0, base, 64], [base, 0, 64], [64, 64, 0]]
+
+
 def test_tiles_at_one_place():
     geometry = slide_geometry(torch.full((5, 2), 7.0), tiles_per_anchor=2)
     assert geometry.distance.eq(0).all()
