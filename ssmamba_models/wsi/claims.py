@@ -99,7 +99,9 @@ class Claims:
         unchanged = event.get("bytes") == slide.bytes
         if event.get("status") == FAILED:
             return unchanged and not self._plan.retry_failed
-        return event.get("status") == NO_TISSUE and unchanged
+        # What is tissue depends on the mpp: small things are dirt.
+        same_mpp = slide.mpp is None or slide.mpp == event.get("mpp")
+        return event.get("status") == NO_TISSUE and unchanged and same_mpp
 
     def _tell_done(self, slide: SlideFile, facts: dict[str, Any], locked: bool) -> None:
         """Log a slide whose file is there, but whose process was killed before it could say so."""

@@ -168,7 +168,7 @@ class TestSlideList:
         assert parse_shard("2/3", environment) == (2, 3)
 
     def test_an_array_that_is_none(self):
-        with pytest.raises(ValueError, match="SLURM_ARRAY_TASK_ID .*no numbers; give --shard"):
+        with pytest.raises(ValueError, match=r"SLURM_ARRAY_TASK_ID .*no numbers; give --shard"):
             parse_shard(None, {"SLURM_ARRAY_TASK_ID": "x", "SLURM_ARRAY_TASK_COUNT": "4"})
 
 

@@ -91,6 +91,10 @@ class TestBadSlides:
         result = extract(slides / "blank.tif", tmp_path / "job")
         assert (result.new, result.no_tissue, result.failed) == (0, ["blank"], {})
 
+    def test_a_blank_slide_is_looked_at_again_at_another_mpp(self, slides, tmp_path):
+        new = [extract(slides / "blank.tif", tmp_path / "job", mpp_override=mpp).new for mpp in (None, 0.7, 0.7, None)]
+        assert new == [1, 1, 0, 0]
+
     def test_a_dry_run_says_the_same(self, slides, tmp_path):
         run = dry_run(slides, tmp_path / "job", ExtractPlan(**TINY), progress=False)
         failed = {slide.name: slide.reason for slide in run.slides if slide.status == "failed"}
