@@ -43,9 +43,10 @@ class PamaViews:
         self.max_anchors, self.polar_bins = max_anchors, polar_bins
 
     @classmethod
-    def of(cls, encoder: PAMA) -> PamaViews:
-        """The views that an encoder reads."""
-        return cls(encoder.max_tiles, encoder.tiles_per_anchor, encoder.max_anchors, encoder.polar_bins)
+    def of(cls, encoder: PAMA, max_tiles: int | None = None) -> PamaViews:
+        """The views that an encoder reads; of fewer tiles, where `max_tiles` says so, to train in less memory."""
+        most = encoder.max_tiles if max_tiles is None else max_tiles
+        return cls(most, encoder.tiles_per_anchor, encoder.max_anchors, encoder.polar_bins)
 
     def __call__(self, slide: SlideTiles, generator: torch.Generator) -> dict[str, Tensor]:
         place = sample_tiles(len(slide), self.max_tiles, generator)

@@ -62,6 +62,8 @@ class TestViews:
             "polar_bins": 4,
         }
 
+        assert PamaViews.of(encoder, max_tiles=5).max_tiles == 5
+
     def test_batches_are_padded(self):
         parts = views()
         batch = PamaViews.collate(parts)
