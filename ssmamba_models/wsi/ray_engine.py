@@ -6,6 +6,7 @@ All machines must see the slides and the job's folder under the same paths, and 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -70,6 +71,9 @@ def run_on_ray(job: Job, claims: Claims, plan: ExtractPlan, timing: Timing) -> I
         task = ray.remote(_extract_slide).options(
             num_cpus=plan.num_cpus, num_gpus=plan.num_gpus, max_retries=plan.max_retries
         )
+        # A process of the cluster need not work in our folder.
+        if plan.checkpoint is not None:
+            plan = dataclasses.replace(plan, checkpoint=os.path.abspath(plan.checkpoint))
         root, start = os.path.abspath(job.root), time.perf_counter()
         waiting: dict[Any, SlideFile] = {}
         todo = iter(claims.todo)

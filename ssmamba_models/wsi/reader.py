@@ -21,12 +21,6 @@ from ssmamba_models.wsi.truncation import check_not_truncated, is_tiff
 
 BACKENDS = ("openslide", "tifffile", "pil")
 
-# Suffixes of files worth trying when a folder is searched for slides; what a file is, its content decides.
-SLIDE_SUFFIXES = frozenset(
-    {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".tif", ".tiff", ".btf"}
-    | {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-)
-
 _OVERVIEW_MPP, _OVERVIEW_PIXELS = 8.0, 2**24
 _CACHE_BYTES = 128 * 2**20
 

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,11 @@ pytest.importorskip("openslide", reason="slides need the [wsi] extra")
 
 from job_cases import digests, disc, events, extract, leftovers
 from slide_files import make_empty_file, make_pyramid
+
+from ssmamba_models.wsi import ray_engine
+from ssmamba_models.wsi.extract_plan import ExtractPlan
+from ssmamba_models.wsi.local_engine import Timing
+from ssmamba_models.wsi.slide_run import Outcome
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ssmamba_models.engine.encoder.RandomWeightsWarning"),
@@ -70,6 +76,39 @@ def test_a_killed_process_costs_nothing(cluster, tmp_path):
     extract(slides, tmp_path / "whole", **settings)
     assert digests(out) == digests(tmp_path / "whole")
     assert leftovers(out) == []
+
+
+class _OneTask:
+    """Of Ray what the engine asks for; a task is not run, but what it is told is kept."""
+
+    def __init__(self):
+        self.told = []
+
+    def is_initialized(self):
+        return True
+
+    def remote(self, function):
+        return self
+
+    def options(self, **wanted):
+        return SimpleNamespace(remote=lambda *told: self.told.append(told) or 0)
+
+    def wait(self, waiting):
+        return waiting, []
+
+    def get(self, ready):
+        return Outcome("a", "done"), Timing()
+
+
+def test_tasks_are_told_whole_paths(tmp_path, monkeypatch):
+    ray = _OneTask()
+    monkeypatch.setattr(ray_engine, "require_ray", lambda: ray)
+    monkeypatch.chdir(tmp_path)
+    job, claims = SimpleNamespace(root="job"), SimpleNamespace(todo=["a"])
+    plan = ExtractPlan(checkpoint="run/weights.safetensors", engine="ray")
+    assert [outcome.slide for outcome in ray_engine.run_on_ray(job, claims, plan, Timing())] == ["a"]
+    ((_, root, told),) = ray.told
+    assert (root, told.checkpoint) == (str(tmp_path / "job"), str(tmp_path / "run" / "weights.safetensors"))
 
 
 def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
