@@ -59,19 +59,28 @@ class Bag:
             features (n, D), float32 or float16 as stored, and coords (n, 2) int64.
 
         Raises:
-            ValueError, OSError, ImportError: as `open_slide_features`.
+            ValueError, OSError, ImportError: as `open_slide_features`; ValueError where a block is damaged.
         """
         with open_slide_features(self.path) as file:
-            if places is None:
-                return file.features[:], file.coords
-            # HDF5 picks scattered rows one by one; whole blocks are read faster, and only the wanted rows kept.
-            blocks = [
-                file.features[start : start + _READ_ROWS][
-                    places[np.searchsorted(places, start) : np.searchsorted(places, start + _READ_ROWS)] - start
-                ]
-                for start in range(0, len(file), _READ_ROWS)
-            ]
-            return np.concatenate(blocks), file.coords[places]
+            try:
+                if places is None:
+                    return file.features[:], file.coords
+                return _some_rows(file.features, places), file.coords[places]
+            except (RuntimeError, OSError) as error:  # what HDF5 raises; it does not name the file
+                raise ValueError(
+                    f"{str(self.path)!r} is damaged ({error}); extract (or convert) the slide again"
+                ) from error
+
+
+def _some_rows(features, places: np.ndarray) -> np.ndarray:
+    # HDF5 picks scattered rows one by one; whole blocks are read faster, and only the wanted rows kept.
+    blocks = [
+        features[start : start + _READ_ROWS][
+            places[np.searchsorted(places, start) : np.searchsorted(places, start + _READ_ROWS)] - start
+        ]
+        for start in range(0, len(features), _READ_ROWS)
+    ]
+    return np.concatenate(blocks)
 
 
 @dataclass(frozen=True)

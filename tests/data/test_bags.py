@@ -89,6 +89,24 @@ def test_the_digest_tells_what_changed(folder, table):
     assert len(digests) == 4
 
 
+@pytest.mark.parametrize("places", [None, np.array([1, 25])])
+def test_a_block_that_is_damaged(tmp_path, places):
+    import h5py
+
+    path = write_slide(tmp_path, "s", tiles=40)
+    with h5py.File(path, "a") as file:
+        rows = file["features"][...]
+        del file["features"]
+        file.create_dataset("features", data=rows, chunks=(10, 4), fletcher32=True)
+        start = file["features"].id.get_chunk_info(2).byte_offset
+    with open(path, "r+b") as raw:
+        raw.seek(start)
+        raw.write(b"\x01\x02\x03\x04")
+    bag, _ = open_bag(path)
+    with pytest.raises(ValueError, match=r"s\.h5' is damaged"):
+        bag.read(places)
+
+
 def test_some_of_the_tiles(tmp_path, monkeypatch):
     monkeypatch.setattr("ssmamba_models.data.bags._READ_ROWS", 4)
     bag, _ = open_bag(write_slide(tmp_path, "s", tiles=19))
