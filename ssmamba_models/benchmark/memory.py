@@ -10,6 +10,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -54,9 +55,14 @@ def _peak_on_cpu(spec: StepSpec) -> float:
     with thread_count(spec.threads):
         step = ModelStep(spec)
         _load_libraries()
-        before = _start_high_water_mark()
-        step()
-        return (_high_water_mark() - before) / MIB
+        return growth_mib(step)
+
+
+def growth_mib(call: Callable[[], object]) -> float:
+    """MiB by which a call raises this process's high-water mark; true in a process that did nothing large before."""
+    before = _start_high_water_mark()
+    call()
+    return (_high_water_mark() - before) / MIB
 
 
 def _load_libraries() -> None:

@@ -22,8 +22,10 @@ from ssmamba_models.benchmark.op_cases import OPS
 from ssmamba_models.benchmark.ops import DTYPES as OP_DTYPES
 from ssmamba_models.benchmark.ops import OpsPlan, format_ops, run_ops
 from ssmamba_models.benchmark.report import write_json
+from ssmamba_models.benchmark.sgcl import SgclBenchmark, format_sgcl, run_sgcl
 from ssmamba_models.benchmark.train import DEFAULT_PEER, TrainPlan, format_train, run_train
 from ssmamba_models.data.output import check_output
+from ssmamba_models.ssl.propagation import KMEANS
 
 
 @click.group()
@@ -175,6 +177,22 @@ def train(json_path: Path | None, budget: float, **options) -> None:
 def extract(json_path: Path | None, **options) -> None:
     """Extraction of a slide from end to end against the model alone; --tiles 100000 shows that memory is bounded."""
     _run(run_extract, ExtractBenchmark(**options), format_extract, json_path)
+
+
+@command.command("sgcl")
+@click.option("--vectors", type=click.IntRange(100), default=100_000, show_default=True, help="Tiles, random vectors.")
+@click.option("--embed-dim", type=click.IntRange(1), default=384, show_default=True, help="Width of encoder features.")
+@click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Tiles per step.")
+@click.option("--kmeans", type=click.Choice(KMEANS), default="sklearn", show_default=True, help="Package for k-means.")
+@click.option("--memory/--no-memory", default=True, show_default=True, help="Measure peak memory.")
+@click.option("--budget", default=300.0, show_default=True, help="Seconds before rounds are cut.")
+@click.option("--device", metavar="cpu|cuda", help="Where to run.  [default: a GPU where there is one]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Samples each.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all results here.")
+def sgcl(json_path: Path | None, budget: float, **options) -> None:
+    """What SGCL costs besides the encoder: neighbours, clusters, nearest entries, hard negatives; and for 1 M tiles."""
+    _run(run_sgcl, SgclBenchmark(**options, budget_s=budget), format_sgcl, json_path)
 
 
 def _run(measure: Callable, plan: object, show: Callable[[dict], str], json_path: Path | None) -> None:
