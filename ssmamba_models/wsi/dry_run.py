@@ -17,7 +17,7 @@ from ssmamba_models.wsi.errors import one_line
 from ssmamba_models.wsi.extract_plan import ExtractPlan
 from ssmamba_models.wsi.job import Job
 from ssmamba_models.wsi.slide_list import SlideFile
-from ssmamba_models.wsi.status import DONE, FAILED, NO_TISSUE, PENDING
+from ssmamba_models.wsi.status import DONE, FAILED, NO_TISSUE, PENDING, is_settled
 from ssmamba_models.wsi.tile_encoder import TileEncoder
 
 # The model is timed over so many batches and at least so many seconds, after one to warm up.
@@ -30,7 +30,7 @@ class PlannedSlide:
 
     Attributes:
         name: the slide.
-        status: DONE (nothing to do), PENDING, NO_TISSUE, or FAILED (it cannot be used).
+        status: DONE (nothing to do), PENDING, NO_TISSUE, or FAILED (it cannot be used, or failed before).
         tiles: how many it has.
         mpp, mpp_source: of level 0, and where that comes from.
         reason: why it cannot be used.
@@ -77,9 +77,10 @@ def dry_run(slides, out: str | os.PathLike, plan: ExtractPlan, *, progress: bool
     job.check_place()
     workers = default_workers(encoder.encoder.device, 1) if plan.workers is None else plan.workers
     with Decoders(workers) as decoders:
-        waiting = [(slide, None if job.find_done(slide) else _submit(decoders, slide, plan)) for slide in found]
+        settled = {slide.name: _settled(slide, job, plan) for slide in found}
+        waiting = [(slide, None if settled[slide.name] else _submit(decoders, slide, plan)) for slide in found]
         bar = tqdm(waiting, unit="slide", desc="count tiles", disable=not progress)
-        planned = [_plan_slide(slide, future, job) for slide, future in bar]
+        planned = [settled[slide.name] or _plan_slide(slide, future) for slide, future in bar]
     pending = [slide.tiles for slide in planned if slide.status == PENDING]
     bag_tiles = len(pending) * plan.shared_aug * plan.shared_aug_tiles
     return DryRun(planned, sum(pending), measure_speed(encoder, plan.batch_size), bag_tiles)
@@ -89,10 +90,19 @@ def _submit(decoders: Decoders, slide: SlideFile, plan: ExtractPlan) -> Future:
     return decoders.submit(PrepareTask(slide, plan.mpp, plan.tile_size, plan.overlap, plan.min_tissue))
 
 
-def _plan_slide(slide: SlideFile, future: Future | None, job: Job) -> PlannedSlide:
-    if future is None:
-        facts = job.find_done(slide)
+def _settled(slide: SlideFile, job: Job, plan: ExtractPlan) -> PlannedSlide | None:
+    """What the job would leave as it is; None for what it would do."""
+    facts = job.find_done(slide)
+    if facts is not None:
         return PlannedSlide(slide.name, DONE, facts["tiles"], facts["mpp"], facts["mpp_source"])
+    event = job.status.latest().get(slide.name, {})
+    if not is_settled(event, slide, plan.retry_failed):
+        return None
+    reason = f"failed before, --retry-failed tries it again: {event['reason']}" if event["status"] == FAILED else ""
+    return PlannedSlide(slide.name, event["status"], reason=reason)
+
+
+def _plan_slide(slide: SlideFile, future: Future) -> PlannedSlide:
     try:
         prepared: Prepared = future.result()
     # As in the job itself: whatever is wrong with a slide is a matter of that slide.

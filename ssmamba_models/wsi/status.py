@@ -9,9 +9,12 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssmamba_models.data.output import whole_file
+
+if TYPE_CHECKING:
+    from ssmamba_models.wsi.slide_list import SlideFile
 
 DONE, NO_TISSUE, FAILED, STARTED, PENDING = "done", "no tissue", "failed", "started", "pending"
 # Never in the log: another process has the slide, and tells of it.
@@ -92,6 +95,22 @@ class StatusLog:
                 event = json.loads(line)
                 if isinstance(event, dict) and "slide" in event and "status" in event:
                     yield event
+
+
+def is_settled(event: Mapping[str, Any], slide: SlideFile, retry_failed: bool) -> bool:
+    """Whether a slide that has no output is left as it is.
+
+    Args:
+        event: its newest; empty where there is none.
+        slide: as it is now.
+        retry_failed: try failed slides again.
+    """
+    if event.get("bytes") != slide.bytes:
+        return False
+    if event.get("status") == FAILED:
+        return not retry_failed
+    # What is tissue depends on the mpp: small things are dirt.
+    return event.get("status") == NO_TISSUE and (slide.mpp is None or slide.mpp == event.get("mpp"))
 
 
 @contextlib.contextmanager

@@ -101,6 +101,17 @@ class TestBadSlides:
         assert sorted(failed) == sorted(REASONS)
         assert [slide.name for slide in run.slides if slide.status == "no tissue"] == ["blank"]
 
+    def test_a_dry_run_leaves_out_what_the_job_would(self, slides, tmp_path):
+        path, out = slides / "no_mpp.tif", tmp_path / "job"
+        extract([path, slides / "blank.tif"], out)
+        for retry, status, tiles in ((False, "failed", False), (True, "pending", True)):
+            plan = ExtractPlan(**TINY, mpp_override=0.5, retry_failed=retry)
+            run = dry_run(path, out, plan, progress=False)
+            assert (run.slides[0].status, run.tiles > 0) == (status, tiles)
+        run = dry_run([path, slides / "blank.tif"], out, ExtractPlan(**TINY), progress=False)
+        assert [slide.status for slide in run.slides] == ["no tissue", "failed"]
+        assert "--retry-failed tries it again: " in run.slides[1].reason
+
     def test_a_fault_of_a_library_stops_only_its_slide(self, tmp_path, monkeypatch):
         slides = make_slides(tmp_path / "slides", "ab")
         real = decode_processes.Decoder.perform
