@@ -238,7 +238,7 @@ def format_sgcl(report: dict) -> str:
         f"{settings['vectors']:,} tiles, {settings['dim']}-d, features {settings['embed_dim']}-d, batches of "
         f"{settings['batch_size']}, k-means of {settings['kmeans']}\n"
         f"{machine_line(report['machine'])}\n"
-        "MiB: on top of the banks, at the peak. An epoch has three k-means. 1 M: on the line through this and a quarter."
+        "MiB: on top of the banks, at the peak. An epoch has three k-means. 1 M: on the line through N and N / 4."
     )
 
 
