@@ -33,15 +33,8 @@ from ssmamba_models.engine.run_folder import open_run
 from ssmamba_models.engine.run_log import RunLog
 from ssmamba_models.engine.train_config import INFINITE, TrainConfig
 
-# Setting -> the value that stands for the method's own.
-_METHODS_OWN = {
-    "optimizer": None,
-    "base_lr": None,
-    "weight_decay": None,
-    "batch_size": None,
-    "warmup_epochs": None,
-    "clip_grad": "auto",
-}
+# Settings of which None stands for the method's own.
+_METHODS_OWN = ("optimizer", "base_lr", "weight_decay", "batch_size", "warmup_epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +47,6 @@ class PretrainConfig(TrainConfig):
         optimizer, base_lr, weight_decay, batch_size, warmup_epochs: None takes the method's own (`Method.defaults`), or
             where it has none that of `TrainConfig`. With another optimizer than the method's own, all but the batch
             size are `TrainConfig`'s.
-        clip_grad: "auto" does likewise; None does not clip.
         method: a name of `ssmamba_models.engine.methods.METHODS`.
         method_args: arguments of the method's module, such as cell_size; those not given are filled in.
         view_args: arguments of its views, such as mask_ratio; likewise.
@@ -65,7 +57,6 @@ class PretrainConfig(TrainConfig):
     base_lr: float | None = None
     weight_decay: float | None = None
     batch_size: int | None = None
-    clip_grad: float | Literal["auto"] | None = "auto"
     method: str = "mamim"
     method_args: dict[str, Any] = field(default_factory=dict)
     view_args: dict[str, Any] = field(default_factory=dict)
@@ -82,7 +73,7 @@ class PretrainConfig(TrainConfig):
             # A rate that suits one optimiser is a hundred times that of another.
             own |= {name: getattr(TrainConfig, name) for name in _METHODS_OWN if name != "batch_size"}
         for name, value in own.items():
-            if getattr(self, name) == _METHODS_OWN[name]:
+            if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         super().__post_init__()
         object.__setattr__(self, "method_args", complete_method_args(method, self.method_args))
