@@ -41,8 +41,9 @@ def config_of(data, fraction, init, seed, arguments):
         "workers": 0,
     }
     train, _ = select_sets(FinetuneConfig(**settings))
-    # As many steps for one share of the groups as for another.
-    epochs = max(1, round(arguments.steps / max(1, len(train) // settings["batch_size"])))
+    # As many steps for one share of the groups as for another; one percent of them may not fill a batch.
+    settings["batch_size"] = min(settings["batch_size"], len(train))
+    epochs = max(1, round(arguments.steps / (len(train) // settings["batch_size"])))
     return FinetuneConfig(**settings, epochs=epochs, validate_every=epochs)
 
 

@@ -42,7 +42,7 @@ class Method:
 METHODS = {
     "mamim": Method(MAMIM, MamimViews),
     # base_lr is of 256 tiles: 0.015 for a batch of 128. Unlike the recipe gradients are clipped, as everywhere here:
-    # without that a small run on 200 tiles (one seed) collapsed to chance, with it the run learned.
+    # without that a small run on 200 tiles (one seed) collapsed, rank 2.8 against 10.4.
     "sgcl": Method(
         SGCL,
         SpatialGuidedMultiCrop,
