@@ -97,15 +97,31 @@ def read_slide_vectors(path: str | os.PathLike, ids: str | os.PathLike | None = 
     if ids is not None:
         raise ValueError(f"{str(path)!r} is no .npy file; --ids belongs to those, {_MAKER} stores the names itself")
     with open_hdf5(path, _MAKER, _CURE) as file:
-        for name in ("embeddings", "slides"):
-            if name not in file:
-                raise ValueError(
-                    f"{str(path)!r} has no data set {name!r} (it has: {', '.join(sorted(file)) or 'none'}); expected "
-                    f"a file of {_MAKER}"
-                )
-        names = tuple(name.decode("utf-8") for name in file["slides"][:])
-        baselines = {name: values[:] for name, values in file.get("baselines", {}).items()}
-        return _named(path, names, file["embeddings"][:], baselines, plain_attributes(file))
+        embeddings = _column(path, file, "embeddings", "fiu", 2)
+        names = tuple(name.decode("utf-8") for name in _column(path, file, "slides", "OS", 1))
+        baselines = file.get("baselines", {})
+        if not isinstance(baselines, Mapping):
+            raise ValueError(f"{str(path)!r}: baselines is no group; expected a file of {_MAKER}")
+        baselines = {name: _column(path, file, f"baselines/{name}", "fiu", 2) for name in baselines}
+        return _named(path, names, embeddings, baselines, plain_attributes(file))
+
+
+def _column(path: Path, file, name: str, kinds: str, dims: int) -> np.ndarray:
+    """A data set with so many axes, of one of numpy's kinds of types."""
+    if name not in file:
+        raise ValueError(
+            f"{str(path)!r} has no data set {name!r} (it has: {', '.join(sorted(file)) or 'none'}); expected "
+            f"a file of {_MAKER}"
+        )
+    values = file[name]
+    # A group has no shape.
+    if not hasattr(values, "shape") or len(values.shape) != dims or values.dtype.kind not in kinds:
+        found = f"{values.dtype} of shape {values.shape}" if hasattr(values, "shape") else "a group"
+        raise ValueError(
+            f"{str(path)!r}: {name} is {found}, expected {'names (S,)' if dims == 1 else 'numbers (S, E)'}, as in a "
+            f"file of {_MAKER}"
+        )
+    return values[:]
 
 
 def _named(path: Path, *fields: Any) -> SlideVectors:
@@ -125,12 +141,15 @@ def _read_npy(path: Path, ids: str | os.PathLike | None) -> SlideVectors:
         values = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{str(path)!r} is no .npy file of numbers ({error}); save it with numpy.save") from error
-    if values.ndim != 2 or values.dtype.kind not in "fiu":
+    if not isinstance(values, np.ndarray):
+        raise ValueError(f"{str(path)!r} is an archive (.npz), expected one array; save it with numpy.save")
+    if values.ndim != 2 or values.dtype.kind not in "fiu" or values.shape[1] == 0:
         raise ValueError(f"{str(path)!r} holds {values.dtype} of shape {values.shape}, expected numbers (S, E)")
     names = read_ids(ids)
     if len(names) != len(values):
         raise ValueError(f"{os.fspath(ids)!r} names {len(names)} slides, and {str(path)!r} has {len(values)} rows")
-    return _named(path, names, values.astype(np.float32))
+    with np.errstate(over="ignore"):  # what is infinite is refused by name
+        return _named(path, names, values.astype(np.float32))
 
 
 def read_ids(path: str | os.PathLike) -> tuple[str, ...]:

@@ -54,13 +54,15 @@ def evaluate_slides(
         What is in report.json.
 
     Raises:
-        ValueError: no embeddings, or files, labels or folds do not fit (see `read_slide_vectors`, `label_slides`,
+        ValueError: no embeddings, ids without a .npy file, or files, labels or folds do not fit (see `read_slide_vectors`, `label_slides`,
             `make_protocol`).
         FileNotFoundError, FileExistsError, OSError: something to read is not there, or `out` cannot be written.
         ImportError: scikit-learn, matplotlib or h5py is missing.
     """
     if not embeddings:
         raise ValueError("no embeddings are named; give one file or more")
+    if ids is not None and not any(map(_is_npy, embeddings.values())):
+        raise ValueError("--ids (ids=...) names the rows of .npy files, and no embeddings are one; leave it out")
     settings = settings or SlideSettings()
     require_evaluation_packages()
     folder = check_report_folder(out, overwrite)
@@ -82,7 +84,11 @@ def evaluate_slides(
 
 
 def _read(path: str | os.PathLike, ids: str | os.PathLike | None) -> SlideVectors:
-    return read_slide_vectors(path, ids if Path(path).suffix.lower() == ".npy" else None)
+    return read_slide_vectors(path, ids if _is_npy(path) else None)
+
+
+def _is_npy(path: str | os.PathLike) -> bool:
+    return Path(path).suffix.lower() == ".npy"
 
 
 def _with_baselines(

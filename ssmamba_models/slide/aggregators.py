@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
 from typing import Any
 
 from ssmamba_models.slide.aggregator import Aggregator
+from ssmamba_models.slide.class_arguments import check_arguments
 
 # Name -> (module under ssmamba_models.slide, class).
 _AGGREGATORS = {
@@ -64,8 +64,5 @@ def create_aggregator(name: str, feature_dim: int, num_classes: int, **kwargs: A
         >>> model(features, coords)["logits"]  # features (B, N, 512), coords (B, N, 2) -> (B, 2)
     """
     cls = aggregator_class(name)
-    known = set(inspect.signature(cls).parameters) - {"feature_dim", "num_classes"}
-    unknown = sorted(set(kwargs) - known)
-    if unknown:
-        raise ValueError(f"aggregator {name!r} has no argument {unknown[0]!r}; it has: {', '.join(sorted(known))}")
+    check_arguments(f"aggregator {name!r}", cls, kwargs, ("feature_dim", "num_classes"))
     return cls(feature_dim, num_classes, **kwargs)

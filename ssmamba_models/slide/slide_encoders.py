@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
 import os
 from typing import Any
 
+from ssmamba_models.slide.class_arguments import check_arguments
 from ssmamba_models.slide.slide_encoder import SlideEncoder
 
 # Name -> (module under ssmamba_models.slide, class, arguments that make it of the class).
@@ -76,10 +76,7 @@ def _check_name(name: str) -> None:
 def _make(name: str, feature_dim: int, kwargs: dict[str, Any]) -> SlideEncoder:
     module, attribute, defaults = _ENCODERS[name]
     cls = getattr(importlib.import_module(f"ssmamba_models.slide.{module}"), attribute)
-    known = set(inspect.signature(cls).parameters) - {"feature_dim"}
-    unknown = sorted(set(kwargs) - known)
-    if unknown:
-        raise ValueError(f"slide encoder {name!r} has no argument {unknown[0]!r}; it has: {', '.join(sorted(known))}")
+    check_arguments(f"slide encoder {name!r}", cls, kwargs, ("feature_dim",))
     encoder = cls(feature_dim, **{**defaults, **kwargs})
     # Where it is, and in which precision, is no matter of what it is.
     kept = {key: value for key, value in kwargs.items() if key not in ("device", "dtype")}

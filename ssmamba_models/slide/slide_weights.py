@@ -18,7 +18,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ssmamba_models._version import __version__
-from ssmamba_models.models.published import CONFIG, DOMAIN, WEIGHTS, check_folder, check_hub, file_sha256, hub_file
+from ssmamba_models.models.published import (
+    CONFIG,
+    DOMAIN,
+    WEIGHTS,
+    WeightsError,
+    check_folder,
+    check_hub,
+    file_sha256,
+    hub_file,
+)
 from ssmamba_models.slide.slide_encoder import SlideEncoder
 
 _KIND = "slide_encoder"
@@ -123,11 +132,16 @@ def read_slide_config(place: Place) -> dict[str, Any]:
     """
     config_file, _ = _files(place)
     config = json.loads(config_file.read_text(encoding="utf-8"))
-    if config.get("kind") != _KIND or not isinstance(config.get("arguments"), dict):
+    if config.get("kind") != _KIND:
         raise ValueError(
             f"{os.fspath(place)!r} holds no slide encoder, but {config['architecture']!r}; expected what "
             "`ssmamba slide-pretrain` writes (tile encoders are loaded by timm.create_model)"
         )
+    arguments = config.get("arguments")
+    if not isinstance(arguments, dict) or not isinstance(arguments.get("feature_dim"), int):
+        raise ValueError(f"{str(config_file)!r} does not say which features its encoder takes; copy it again")
+    if not isinstance(config.setdefault("metadata", {}), dict):
+        raise ValueError(f'the "metadata" in {str(config_file)!r} are no mapping; copy it again')
     return config
 
 
@@ -199,5 +213,8 @@ def _files(place: Place) -> tuple[Path, Path]:
         repository = name.removeprefix(_HUB)
         check_hub(repository)
         return hub_file(repository, CONFIG), hub_file(repository, WEIGHTS)
+    if not (Path(place) / CONFIG).is_file():
+        state = "holds no" if Path(place).is_dir() else "is no folder with a"
+        raise WeightsError(f"{name!r} {state} {CONFIG}; expected a run of `ssmamba slide-pretrain`, or a published one")
     check_folder(place, weights=True)
     return Path(place) / CONFIG, Path(place) / WEIGHTS

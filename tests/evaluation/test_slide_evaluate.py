@@ -231,7 +231,16 @@ class TestNpy:
         with pytest.raises(ValueError, match=message):
             read_slide_vectors(npy, None if ids is None else tmp_path / "bad.txt")
 
-    @pytest.mark.parametrize("values", [np.zeros(48), np.full((48, 2), np.nan), np.array([["a"]] * 48)])
+    @pytest.mark.parametrize(
+        "values",
+        [
+            np.zeros(48),
+            np.zeros((48, 0)),
+            np.full((48, 2), np.nan),
+            np.full((48, 2), 1e300),
+            np.array([["a"]] * 48),
+        ],
+    )
     def test_bad_values(self, npy, tmp_path, values):
         np.save(tmp_path / "bad.npy", values)
         with pytest.raises(ValueError, match=r"expected numbers|are NaN or infinite"):
@@ -241,8 +250,17 @@ class TestNpy:
         (tmp_path / "bad.npy").write_bytes(b"nothing")
         with pytest.raises(ValueError, match=r"is no \.npy file"):
             read_slide_vectors(tmp_path / "bad.npy", tmp_path / "ids.txt")
+        with open(tmp_path / "many.npy", "wb") as file:
+            np.savez(file, values=np.ones((48, 2)))
+        with pytest.raises(ValueError, match=r"is an archive \(\.npz\)"):
+            read_slide_vectors(tmp_path / "many.npy", tmp_path / "ids.txt")
         with pytest.raises(FileNotFoundError, match="do not exist"):
             read_slide_vectors(tmp_path / "none.npy", tmp_path / "ids.txt")
+
+    def test_ids_belong_to_npy_files(self, embeddings, labels, tmp_path):
+        with pytest.raises(ValueError, match="no embeddings are one"):
+            evaluate_slides({"a": embeddings}, labels, tmp_path / "report", ids=labels)
+        assert not (tmp_path / "report").exists()
 
 
 class TestBadLabels:
@@ -301,11 +319,20 @@ class TestVectorFiles:
             write_slide_vectors(tmp_path / "a.h5", vectors)
 
     def test_other_files(self, embeddings, tmp_path):
+        import h5py
+
         write_synthetic_slides(tmp_path / "f", patients=2, tiles=4, feature_dim=3)
         with pytest.raises(ValueError, match=r"has no data set 'embeddings' .*slide-embed"):
             read_slide_vectors(tmp_path / "f" / "slide_000_0.h5")
         (tmp_path / "cut.h5").write_bytes(embeddings.read_bytes()[:500])
         with pytest.raises(ValueError, match=r"cut short|not an HDF5"):
             read_slide_vectors(tmp_path / "cut.h5")
+        for name, made in {"slides": np.arange(3), "embeddings": np.float32(1), "baselines": np.ones((3, 2))}.items():
+            with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+                columns = {"slides": ["a", "b", "c"], "embeddings": np.ones((3, 2)), name: made}
+                for column, values in columns.items():
+                    file.create_dataset(column, data=values)
+            with pytest.raises(ValueError, match=rf"{name} is .*slide-embed"):
+                read_slide_vectors(tmp_path / f"{name}.h5")
         with pytest.raises(ValueError, match=r"no \.npy file; --ids"):
             read_slide_vectors(embeddings, tmp_path / "ids.txt")

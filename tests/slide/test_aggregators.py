@@ -216,6 +216,7 @@ def test_an_unknown_name(name, words):
         ("mean", {"num_classes": 1}, "num_classes is 1, expected 2 or more"),
         ("mean", {"feature_dim": 0}, "feature_dim is 0"),
         ("max", {"hiden_dim": 3}, "'max' has no argument 'hiden_dim'; it has: dropout, hidden_dim"),
+        ("max", {"hidden_dim": "3"}, "hidden_dim of aggregator 'max' is '3', expected a whole number"),
         ("transmil", {"heads": 3}, "3 heads do not divide hidden_dim 16"),
         ("transmil", {"depth": 1}, "depth is 1, expected 2 or more"),
         ("clam", {"bag_weight": 2}, "bag_weight is 2, expected 0 to 1"),

@@ -105,6 +105,18 @@ def test_what_is_asked_for_must_be_what_is_there(saved, tmp_path):
         load_slide_encoder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"arguments": {}}, "which features its encoder takes"), ({"metadata": 3}, '"metadata" in .* are no mapping')],
+)
+def test_a_config_that_was_edited(saved, change, words):
+    _, folder = saved
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=words):
+        load_slide_encoder(folder)
+
+
 def test_nothing_is_written_of_what_cannot_be_stored(tmp_path):
     with pytest.raises(ValueError, match="cannot be stored as JSON"):
         save_slide_encoder(make(), tmp_path / "new", {"loss": float("nan")})
@@ -122,6 +134,11 @@ def test_nothing_is_written_of_what_cannot_be_stored(tmp_path):
         ({"pretrained": True}, "no weights of 'gigassl_scm' are published; train it"),
         ({"feature_dim": 0}, "feature_dim is 0, expected 1 or more"),
         ({"embed_dim": 0}, "embed_dim is 0"),
+        ({"embed_dim": "8"}, "embed_dim of slide encoder 'gigassl_scm' is '8', expected a whole number"),
+        ({"embed_dim": 8.0}, "is 8.0, expected a whole number"),
+        ({"dtype": "float16"}, "is 'float16', expected a torch.dtype"),
+        ({"name": "pama_small", "kro": "no"}, "kro of slide encoder 'pama_small' is 'no', expected true or false"),
+        ({"name": "pama_small", "mlp_ratio": True}, "is True, expected a number"),
         ({"depth": 3}, "'gigassl_scm' has no argument 'depth'; it has: device, dtype, embed_dim"),
     ],
 )
