@@ -7,6 +7,7 @@ import os
 
 import click
 
+from ssmamba_models.cli.slide_jobs import job_options, places, report_failed, report_slides, show_slides, tiling_options
 from ssmamba_models.cli.warn import plain_warnings
 from ssmamba_models.wsi.dry_run import DryRun, dry_run
 from ssmamba_models.wsi.extract import ExtractResult, extract_slides
@@ -16,20 +17,11 @@ from ssmamba_models.wsi.status import FAILED
 
 
 @click.command()
-@click.argument("slides", nargs=-1, required=True, type=click.Path())
-@click.option("--out", required=True, type=click.Path(), help="Job folder; made, or gone on with.")
+@places
 @click.option("--model", default="ssmamba_small", show_default=True, help="Ours, any timm name, or hf-hub:ORG/NAME.")
 @click.option("--pretrained", is_flag=True, help="Use the model's published weights.")
 @click.option("--checkpoint", type=click.Path(), help="Use the weights of this file or run folder.")
-@click.option("--mpp", type=float, default=0.5, show_default=True, help="Micrometres per pixel of the tiles.")
-@click.option(
-    "--tile-size", type=click.IntRange(1), default=224, show_default=True, help="Side of a tile, px at --mpp."
-)
-@click.option("--overlap", type=click.IntRange(0), default=0, show_default=True, help="Px that neighbours share.")
-@click.option("--min-tissue", type=float, default=0.25, show_default=True, help="Least share of tissue in a tile.")
-@click.option("--mpp-override", type=float, help="Micrometres per level-0 pixel, instead of what the slides say.")
-@click.option("--mpp-csv", type=click.Path(), help="The same for single slides: a CSV with columns slide,mpp.")
-@click.option("--max-bad-tiles", type=float, default=0.05, show_default=True, help="Share above which a slide fails.")
+@tiling_options
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of stored features.")
 @click.option("--grid", is_flag=True, help="Store the token map of each tile too (large).")
 @click.option(
@@ -40,20 +32,17 @@ from ssmamba_models.wsi.status import FAILED
     help="Bags of augmented tiles for each slide, for slide-pretrain --method gigassl (50 is usual; takes long).",
 )
 @click.option("--shared-aug-tiles", type=click.IntRange(1), default=256, show_default=True, help="Tiles of a bag.")
-@click.option("--retry-failed", is_flag=True, help="Try slides again that failed.")
 @click.option("--dry-run", "dry", is_flag=True, help="Count tiles and estimate the time; write nothing.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Tiles per forward pass.")
-@click.option("--workers", type=click.IntRange(0), help="Processes that read tiles; 0: none. Default: by the machine.")
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
 @click.option("--bf16", is_flag=True, help="Compute in bfloat16: for GPUs; most CPUs get slower.")
 @click.option("--img-size", type=click.IntRange(1), help="Side of the model's input. Default: its own.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of weights and bags.")
-@click.option("--shard", metavar="i/n", help="Begin with the i-th of n shares. Default: a SLURM array's own numbers.")
 @click.option("--engine", type=click.Choice(ENGINES), default="local", show_default=True, help="ray: on a Ray cluster.")
 @click.option("--num-cpus", type=float, default=2, show_default=True, help="Ray: CPUs per slide.")
 @click.option("--num-gpus", type=float, default=0, show_default=True, help="Ray: GPUs per slide; 0.25 puts 4 on one.")
 @click.option("--max-retries", type=click.IntRange(0), default=3, show_default=True, help="Ray: of a slide's task.")
-@click.option("--quiet", is_flag=True, help="No progress bar and no closing lines.")
+@job_options
 @click.pass_context
 def command(
     ctx: click.Context, slides: tuple[str, ...], out: str, dry: bool, shard: str | None, quiet: bool, **options
@@ -73,22 +62,12 @@ def command(
         result = extract_slides(slides, out, plan, progress=not quiet)
     if not quiet:
         _report(result)
-    for name, reason in result.failed.items():
-        click.echo(f"failed: {name}: {reason}", err=True)
-    if result.failed:
-        click.echo(
-            f"{len(result.failed)} of {result.slides} slides failed; try them again with --retry-failed", err=True
-        )
-        ctx.exit(1)
+    ctx.exit(report_failed(result))
 
 
 def _report(result: ExtractResult) -> None:
     timing = result.timing
-    click.echo(f"{len(result.done)} of {result.slides} slides done -> {os.fspath(result.features)}")
-    if result.no_tissue:
-        click.echo(f"{len(result.no_tissue)} without tissue, so without a file: {', '.join(result.no_tissue[:5])} ...")
-    if result.unfinished:
-        click.echo(f"{len(result.unfinished)} in the hands of other processes, or waiting for a process that died")
+    report_slides(result, os.fspath(result.features))
     if timing.tiles:
         click.echo(
             f"{timing.tiles} tiles in {timing.seconds:.1f} s, {timing.tiles_per_second:.1f} tiles/s; the model waited "
@@ -97,9 +76,7 @@ def _report(result: ExtractResult) -> None:
 
 
 def _show_plan(run: DryRun) -> int:
-    for slide in run.slides:
-        mpp = "" if slide.mpp is None else f", level 0 at {slide.mpp:g} um/px ({slide.mpp_source})"
-        click.echo(f"{slide.name}: {slide.status}, {slide.reason or f'{slide.tiles} tiles{mpp}'}")
+    show_slides(run.slides)
     hours = datetime.timedelta(seconds=round(run.seconds))
     bags = f" and {run.bag_tiles} of bags" if run.bag_tiles else ""
     click.echo(f"{run.tiles} tiles{bags} to do, about {hours} at {run.tiles_per_second:.1f} tiles/s (the model alone)")

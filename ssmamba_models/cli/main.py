@@ -15,6 +15,7 @@ COMMANDS = {
     "list": ("list", "List the models and their sizes."),
     "doctor": ("doctor", "Check this installation and say how to mend it."),
     "extract": ("extract", "Turn whole slides into feature files for MIL."),
+    "tile": ("tile", "Cut tiles from whole slides, with a manifest that says where each lay."),
     "convert": ("convert", "Turn feature files of CLAM or TRIDENT into ours, and back."),
     "check": ("check", "Check feature files: shapes, NaN, duplicates, provenance."),
     "mil": ("mil", "Train, predict and draw heatmaps from feature files (MIL)."),

@@ -106,6 +106,19 @@ def check_slide_labels(found: Mapping[str, Mapping[str, str | None]], table: str
         raise ValueError(
             f"all slides in {os.fspath(table)!r} that have features are of class {classes[0]!r}; two are needed"
         )
+    check_patient_splits(found, table)
+
+
+def check_patient_splits(found: Mapping[str, Mapping[str, str | None]], table: str | os.PathLike) -> None:
+    """Make sure that no patient is on both sides.
+
+    Args:
+        found: of `match_slides`.
+        table: the table, for messages.
+
+    Raises:
+        ValueError: a patient is in two splits.
+    """
     split_of: dict[str, str | None] = {}
     for facts in found.values():
         patient, split = facts["patient"], facts["split"]

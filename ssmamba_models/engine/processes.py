@@ -50,11 +50,11 @@ def _usable(device: str) -> torch.device:
     return place
 
 
-def default_workers(device: torch.device, processes: int) -> int:
-    """How many processes read tiles for each training process."""
+def default_workers(device: torch.device | None, processes: int) -> int:
+    """How many processes read tiles for each training process; without a device nothing else computes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # On a CPU the model needs the cores itself, and one process reads faster than it computes.
-    return min(8, max(1, cores // processes)) if device.type != "cpu" else 1
+    return 1 if device is not None and device.type == "cpu" else min(8, max(1, cores // processes))
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:

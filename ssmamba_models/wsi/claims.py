@@ -2,48 +2,45 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ssmamba_models.wsi.decoding import OutputError
 from ssmamba_models.wsi.extract_plan import ExtractPlan
+from ssmamba_models.wsi.held_slide import HeldSlide
 from ssmamba_models.wsi.job import Job
+from ssmamba_models.wsi.job_folder import JobFolder
+from ssmamba_models.wsi.locks import Lock
 from ssmamba_models.wsi.slide_list import SlideFile, shard_order
 from ssmamba_models.wsi.slide_run import SlideRun
-from ssmamba_models.wsi.status import DONE, FAILED, NO_TISSUE, STARTED
+from ssmamba_models.wsi.status import DONE, STARTED, is_settled
+from ssmamba_models.wsi.tiling_plan import TilingPlan
+
+Run = TypeVar("Run", bound=HeldSlide)
 
 
-class Claims:
+class JobClaims(abc.ABC, Generic[Run]):
     """The slides of a job, to be drawn one by one.
 
     Args:
         job: the open job.
         slides: all of it.
         plan: says whether failed slides are tried again, and which shard this is.
-        provenance: attributes for the feature files.
-        grid_shape: of token maps, or None.
 
     Attributes:
         todo: what was neither done nor settled at the beginning, in the order of this shard.
 
     Raises:
-        ValueError: a slide was extracted at another mpp than is now given.
+        ValueError: a slide was done at another mpp than is now given.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        slides: list[SlideFile],
-        plan: ExtractPlan,
-        provenance: Mapping[str, Any],
-        grid_shape: tuple[int, ...] | None,
-    ):
+    def __init__(self, job: JobFolder, slides: list[SlideFile], plan: TilingPlan):
         self.slides = slides
         self._job, self._plan = job, plan
-        self._provenance, self._grid_shape = provenance, grid_shape
         self.todo = shard_order([slide for slide in slides if not self._is_settled(slide)], plan.shard)
 
-    def runs(self) -> Iterator[SlideRun]:
+    def runs(self) -> Iterator[Run]:
         """Claim slide after slide; one that another process holds gets another chance at the end.
 
         Raises:
@@ -61,7 +58,7 @@ class Claims:
                     busy.append(slide)
             waiting = busy
 
-    def claim(self, slide: SlideFile, timeout: float = 0.0) -> SlideRun | None:
+    def claim(self, slide: SlideFile, timeout: float = 0.0) -> Run | None:
         """Lock a slide.
 
         Args:
@@ -86,8 +83,11 @@ class Claims:
             self._job.status.write(STARTED, slide.name)
         except OSError as error:
             raise OutputError.of(error, self._job.root) from error
-        plan = self._plan
-        return SlideRun(self._job, slide, lock, self._provenance, plan.max_bad_tiles, self._grid_shape)
+        return self._hold(slide, lock)
+
+    @abc.abstractmethod
+    def _hold(self, slide: SlideFile, lock: Lock) -> Run:
+        """The slide, locked."""
 
     def _is_settled(self, slide: SlideFile, locked: bool = False) -> bool:
         facts = self._job.find_done(slide)
@@ -96,12 +96,7 @@ class Claims:
             if event.get("status") != DONE:
                 self._tell_done(slide, facts, locked)
             return True
-        unchanged = event.get("bytes") == slide.bytes
-        if event.get("status") == FAILED:
-            return unchanged and not self._plan.retry_failed
-        # What is tissue depends on the mpp: small things are dirt.
-        same_mpp = slide.mpp is None or slide.mpp == event.get("mpp")
-        return event.get("status") == NO_TISSUE and unchanged and same_mpp
+        return is_settled(event, slide, self._plan.retry_failed)
 
     def _tell_done(self, slide: SlideFile, facts: dict[str, Any], locked: bool) -> None:
         """Log a slide whose file is there, but whose process was killed before it could say so."""
@@ -115,3 +110,30 @@ class Claims:
         finally:
             if lock is not None:
                 lock.release()
+
+
+class Claims(JobClaims[SlideRun]):
+    """The slides of a job of extraction.
+
+    Args:
+        job, slides, plan: as `JobClaims`.
+        provenance: attributes for the feature files.
+        grid_shape: of token maps, or None.
+
+    Raises:
+        ValueError: as `JobClaims`.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        slides: list[SlideFile],
+        plan: ExtractPlan,
+        provenance: Mapping[str, Any],
+        grid_shape: tuple[int, ...] | None,
+    ):
+        self._provenance, self._grid_shape = provenance, grid_shape
+        super().__init__(job, slides, plan)
+
+    def _hold(self, slide: SlideFile, lock: Lock) -> SlideRun:
+        return SlideRun(self._job, slide, lock, self._provenance, self._plan.max_bad_tiles, self._grid_shape)

@@ -17,7 +17,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO
 
-from ssmamba_models.wsi.decoding import Decoder, Prepared, PrepareTask, ReadTask, Tiles
+from ssmamba_models.wsi.decoding import Answer, Decoder, Task
 from ssmamba_models.wsi.errors import one_line
 
 # How often a task is tried whose process dies under it: what kills one (memory, mostly) may have passed.
@@ -57,7 +57,7 @@ class Decoders:
         self._guard = threading.Lock()
         self._closed = False
 
-    def submit(self, task: PrepareTask | ReadTask) -> Future[Prepared | Tiles]:
+    def submit(self, task: Task) -> Future[Answer]:
         """Have a task performed; tasks begin in the order in which they come.
 
         Returns:
@@ -65,12 +65,12 @@ class Decoders:
         """
         return self._threads.submit(self._perform if self.workers else self._perform_here, task)
 
-    def _perform_here(self, task: PrepareTask | ReadTask) -> Prepared | Tiles:
+    def _perform_here(self, task: Task) -> Answer:
         if not hasattr(self._own, "decoder"):
             self._own.decoder = Decoder()
         return self._own.decoder.perform(task)
 
-    def _perform(self, task: PrepareTask | ReadTask) -> Prepared | Tiles:
+    def _perform(self, task: Task) -> Answer:
         # One thread for each process: it sends a task, sleeps until the answer is there, and takes the next.
         for attempt in range(_TRIES):
             try:
@@ -124,7 +124,7 @@ class _Process:
     def running(self) -> bool:
         return self._popen.poll() is None
 
-    def call(self, task: PrepareTask | ReadTask) -> Prepared | Tiles:
+    def call(self, task: Task) -> Answer:
         try:
             _send(self._popen.stdin, task)
             answer = _receive(self._popen.stdout)

@@ -6,6 +6,7 @@ Nothing here needs torch, so that such a process starts at once and stays small.
 from __future__ import annotations
 
 import errno
+import io
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ class Prepared:
 
     Attributes:
         coords: (N, 2) int64, level-0 px.
+        cells: (N, 2) int64, column and row in the slide's grid.
         patch_size_level0: side of a tile, level-0 px.
         dimensions: (width, height) of level 0, px.
         mpp, mpp_source, mpp_error: of level 0, where that comes from, delivered less target mpp of the tiles.
@@ -77,6 +79,7 @@ class Prepared:
     """
 
     coords: np.ndarray
+    cells: np.ndarray
     patch_size_level0: float
     dimensions: tuple[int, int]
     mpp: float
@@ -128,13 +131,43 @@ class Tiles:
     bad: list[tuple[int, str]]
 
 
+@dataclass(frozen=True)
+class CutTask(ReadTask):
+    """Read some tiles of a slide as image files.
+
+    Attributes:
+        format: "png" or "jpeg".
+        quality: of a JPEG, 1 to 100; None for PNG.
+    """
+
+    format: str
+    quality: int | None
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What became of a `CutTask`.
+
+    Attributes:
+        images: n image files; None where a tile cannot be read.
+        bad: (place in n, reason) of those.
+    """
+
+    images: list[bytes | None]
+    bad: list[tuple[int, str]]
+
+
+Task = PrepareTask | ReadTask | CutTask
+Answer = Prepared | Tiles | Cuts
+
+
 class Decoder:
     """Performs tasks, and keeps the slides open that they name."""
 
     def __init__(self) -> None:
         self._slides: OrderedDict[SlideFile, Slide] = OrderedDict()
 
-    def perform(self, task: PrepareTask | ReadTask) -> Prepared | Tiles:
+    def perform(self, task: Task) -> Answer:
         """Do what a task says.
 
         Raises:
@@ -142,7 +175,9 @@ class Decoder:
             OutputError: pictures cannot be written.
         """
         slide = self._open(task.slide)
-        return _prepare(slide, task) if isinstance(task, PrepareTask) else _read(slide, task)
+        if isinstance(task, PrepareTask):
+            return _prepare(slide, task)
+        return _cut(slide, task) if isinstance(task, CutTask) else _read(slide, task)
 
     def _open(self, file: SlideFile) -> Slide:
         if file not in self._slides:
@@ -170,6 +205,7 @@ def _prepare(slide: Slide, task: PrepareTask) -> Prepared:
             raise OutputError.of(error, task.thumbnails) from error
     return Prepared(
         coords=grid.coords,
+        cells=grid.cells,
         patch_size_level0=grid.patch_size_level0,
         dimensions=slide.dimensions,
         mpp=slide.mpp,
@@ -219,3 +255,18 @@ def _read(slide: Slide, task: ReadTask) -> Tiles:
 def _resize(tile: np.ndarray, task: ReadTask) -> np.ndarray:
     how = Image.Resampling[task.interpolation.upper()]
     return np.asarray(Image.fromarray(tile).resize((task.size, task.size), how))
+
+
+def _cut(slide: Slide, task: CutTask) -> Cuts:
+    tiles = _read(slide, task)
+    bad = {place for place, _ in tiles.bad}
+    images = [None if place in bad else _encode(tile, task) for place, tile in enumerate(tiles.pixels)]
+    return Cuts(images, tiles.bad)
+
+
+def _encode(tile: np.ndarray, task: CutTask) -> bytes:
+    # Chroma at full resolution: the slide's own JPEG has other blocks than the tile's.
+    options = {} if task.quality is None else {"quality": task.quality, "subsampling": 0}
+    file = io.BytesIO()
+    Image.fromarray(tile).save(file, task.format, **options)
+    return file.getvalue()

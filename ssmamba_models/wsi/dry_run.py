@@ -16,9 +16,11 @@ from ssmamba_models.wsi.decoding import Prepared, PrepareTask
 from ssmamba_models.wsi.errors import one_line
 from ssmamba_models.wsi.extract_plan import ExtractPlan
 from ssmamba_models.wsi.job import Job
+from ssmamba_models.wsi.job_folder import JobFolder
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.status import DONE, FAILED, NO_TISSUE, PENDING, is_settled
 from ssmamba_models.wsi.tile_encoder import TileEncoder
+from ssmamba_models.wsi.tiling_plan import TilingPlan
 
 # The model is timed over so many batches and at least so many seconds, after one to warm up.
 _BATCHES, _SECONDS = 3, 2.0
@@ -76,21 +78,28 @@ def dry_run(slides, out: str | os.PathLike, plan: ExtractPlan, *, progress: bool
     job = Job(out, plan.settings(encoder, encoder.provenance()))
     job.check_place()
     workers = default_workers(encoder.encoder.device, 1) if plan.workers is None else plan.workers
-    with Decoders(workers) as decoders:
-        settled = {slide.name: _settled(slide, job, plan) for slide in found}
-        waiting = [(slide, None if settled[slide.name] else _submit(decoders, slide, plan)) for slide in found]
-        bar = tqdm(waiting, unit="slide", desc="count tiles", disable=not progress)
-        planned = [settled[slide.name] or _plan_slide(slide, future) for slide, future in bar]
+    planned = count_tiles(job, found, plan, workers, progress=progress)
     pending = [slide.tiles for slide in planned if slide.status == PENDING]
     bag_tiles = len(pending) * plan.shared_aug * plan.shared_aug_tiles
     return DryRun(planned, sum(pending), measure_speed(encoder, plan.batch_size), bag_tiles)
 
 
-def _submit(decoders: Decoders, slide: SlideFile, plan: ExtractPlan) -> Future:
+def count_tiles(
+    job: JobFolder, slides: list[SlideFile], plan: TilingPlan, workers: int, *, progress: bool
+) -> list[PlannedSlide]:
+    """What a job would do with each of its slides; nothing is written."""
+    with Decoders(workers) as decoders:
+        settled = {slide.name: _settled(slide, job, plan) for slide in slides}
+        waiting = [(slide, None if settled[slide.name] else _submit(decoders, slide, plan)) for slide in slides]
+        bar = tqdm(waiting, unit="slide", desc="count tiles", disable=not progress)
+        return [settled[slide.name] or _plan_slide(slide, future) for slide, future in bar]
+
+
+def _submit(decoders: Decoders, slide: SlideFile, plan: TilingPlan) -> Future:
     return decoders.submit(PrepareTask(slide, plan.mpp, plan.tile_size, plan.overlap, plan.min_tissue))
 
 
-def _settled(slide: SlideFile, job: Job, plan: ExtractPlan) -> PlannedSlide | None:
+def _settled(slide: SlideFile, job: JobFolder, plan: TilingPlan) -> PlannedSlide | None:
     """What the job would leave as it is; None for what it would do."""
     facts = job.find_done(slide)
     if facts is not None:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
-import threading
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +15,10 @@ from ssmamba_models.engine.processes import default_workers
 from ssmamba_models.wsi.claims import Claims
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.extract_plan import ExtractPlan
+from ssmamba_models.wsi.held_slide import Outcome
 from ssmamba_models.wsi.job import Job
+from ssmamba_models.wsi.job_run import JobResult, follow, job_standing, progress_bar, stopped_in_order
 from ssmamba_models.wsi.local_engine import LocalEngine, Timing
-from ssmamba_models.wsi.slide_list import SlideFile
-from ssmamba_models.wsi.slide_run import Outcome
-from ssmamba_models.wsi.status import DONE, FAILED, NO_TISSUE, PENDING, STARTED
 from ssmamba_models.wsi.tile_encoder import TileEncoder
 
 Places = str | os.PathLike | Iterable[str | os.PathLike]
@@ -33,27 +28,15 @@ _SUMMARY_EVERY = 10.0
 
 
 @dataclass(frozen=True)
-class ExtractResult:
-    """How a job stands when this process is done with it.
+class ExtractResult(JobResult):
+    """How a job of extraction stands when this process is done with it: as `JobResult`, and more.
 
     Attributes:
-        root: the job's folder.
         features: the folder of its feature files.
-        slides: how many the job has.
-        done, no_tissue, unfinished: slides; the last are those that other processes work on.
-        failed: slide -> reason.
-        new: slides that this process ended.
         timing: of this process.
     """
 
-    root: Path
     features: Path
-    slides: int
-    done: list[str]
-    no_tissue: list[str]
-    unfinished: list[str]
-    failed: dict[str, str]
-    new: int
     timing: Timing
 
 
@@ -92,37 +75,30 @@ def extract_slides(
     encoder = plan.load()
     provenance = encoder.provenance()
     job = Job(out, plan.settings(encoder, provenance))
-    with _stopped_in_order(), job:
+    with stopped_in_order(), job:
         job.open(plan.begun_with(encoder.encoder))
         claims = Claims(job, found, plan, provenance, encoder.grid_shape)
-        job.write_summary(found)
+        job.write_tables(found)
         timing = Timing()
-        new = 0
-        with _progress_bar(len(claims.todo), progress) as bar:
-            for _ in _outcomes(job, encoder, claims, plan, timing, bar):
-                new += 1
-        job.write_summary(found)
-        return _result(job, found, new, timing)
+        with progress_bar(len(claims.todo), "extract", progress) as bar:
+            outcomes = _outcomes(job, encoder, claims, plan, timing, bar)
+            new = sum(1 for _ in follow(outcomes, job, found, bar, _SUMMARY_EVERY))
+        job.write_tables(found)
+        return ExtractResult(**job_standing(job, found, new), features=job.features, timing=timing)
 
 
 def _outcomes(
     job: Job, encoder: TileEncoder, claims: Claims, plan: ExtractPlan, timing: Timing, bar: tqdm
 ) -> Iterator[Outcome]:
-    """Slides as they end; the bar and summary.csv follow."""
     if plan.engine == "ray":
         from ssmamba_models.wsi.ray_engine import run_on_ray
 
         outcomes = run_on_ray(job, claims, plan, timing)
     else:
         outcomes = _run_here(job, encoder, claims, plan, timing, bar)
-    written = time.monotonic()
     with closing(outcomes):
         for outcome in outcomes:
-            bar.set_postfix_str(f"{timing.tiles} tiles, {timing.tiles_per_second:.1f} tiles/s", refresh=False)
-            bar.update()
-            if time.monotonic() - written > _SUMMARY_EVERY:
-                job.write_summary(claims.slides, wait=False)
-                written = time.monotonic()
+            bar.set_postfix_str(_speed(timing), refresh=False)
             yield outcome
 
 
@@ -130,7 +106,7 @@ def _run_here(
     job: Job, encoder: TileEncoder, claims: Claims, plan: ExtractPlan, timing: Timing, bar: tqdm
 ) -> Iterator[Outcome]:
     def tell(tiles: int) -> None:
-        bar.set_postfix_str(f"{timing.tiles} tiles, {timing.tiles_per_second:.1f} tiles/s", refresh=False)
+        bar.set_postfix_str(_speed(timing), refresh=False)
         bar.update(0)
 
     workers = default_workers(encoder.encoder.device, 1) if plan.workers is None else plan.workers
@@ -140,42 +116,5 @@ def _run_here(
             yield from outcomes
 
 
-def _progress_bar(count: int, progress: bool) -> tqdm:
-    # A log file wants a line now and then, not ten a second.
-    interval = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(total=count, unit="slide", desc="extract", disable=not progress, mininterval=interval)
-
-
-def _result(job: Job, slides: list[SlideFile], new: int, timing: Timing) -> ExtractResult:
-    latest = job.status.latest()
-    names: dict[str, list[str]] = {}
-    for slide in slides:
-        names.setdefault(latest.get(slide.name, {}).get("status", PENDING), []).append(slide.name)
-    return ExtractResult(
-        root=job.root,
-        features=job.features,
-        slides=len(slides),
-        done=names.get(DONE, []),
-        no_tissue=names.get(NO_TISSUE, []),
-        unfinished=names.get(STARTED, []) + names.get(PENDING, []),
-        failed={name: latest[name].get("reason", "") for name in names.get(FAILED, [])},
-        new=new,
-        timing=timing,
-    )
-
-
-@contextmanager
-def _stopped_in_order() -> Iterator[None]:
-    """Let SIGTERM (a cluster's preemption) end the block as Ctrl-C does: locks released, part files removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _speed(timing: Timing) -> str:
+    return f"{timing.tiles} tiles, {timing.tiles_per_second:.1f} tiles/s"

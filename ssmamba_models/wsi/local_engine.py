@@ -18,19 +18,18 @@ from typing import Any
 
 import torch
 
-from ssmamba_models.wsi.decode_processes import DecoderDied, Decoders
-from ssmamba_models.wsi.decoding import OutputError, PrepareTask, ReadTask
-from ssmamba_models.wsi.errors import SlideError, one_line
+from ssmamba_models.wsi.decode_processes import Decoders
+from ssmamba_models.wsi.decoding import PrepareTask, ReadTask
+from ssmamba_models.wsi.held_slide import Outcome
 from ssmamba_models.wsi.job import Job
 from ssmamba_models.wsi.shared_aug import Part
-from ssmamba_models.wsi.slide_run import Outcome, SlideRun
+from ssmamba_models.wsi.slide_list import SlideFile
+from ssmamba_models.wsi.slide_run import SlideRun
+from ssmamba_models.wsi.slides_ahead import SlidesAhead
 from ssmamba_models.wsi.tile_encoder import TileEncoder
 
 # Tiles that a process reads at a time: enough to outweigh the asking, few enough that all share a batch.
 _CHUNK = 16
-
-# Slides whose tissue is looked for while an earlier one's tiles are read.
-_SLIDES_AHEAD = 2
 
 
 @dataclass
@@ -86,11 +85,10 @@ class LocalEngine:
         self._batch_size, self._timing = batch_size, timing
         # Two batches, and a chunk for each process: memory is bounded by this, whatever the slides' size.
         self._room = 2 * batch_size + max(decoders.workers, 1) * min(_CHUNK, batch_size)
-        self._preparing: deque[tuple[SlideRun, Future]] = deque()
+        self._ahead = SlidesAhead[SlideRun](decoders, self._prepare_task, self._result)
         self._cutting: tuple[SlideRun, Iterator[Part]] | None = None
         self._batches: deque[_Batch] = deque()
         self._tiles_ahead = 0
-        self._open: list[SlideRun] = []
         pin = encoder.encoder.device.type == "cuda"
         shape = (batch_size, encoder.size, encoder.size, 3)
         # Two in turn: a GPU may still be copying from the one before.
@@ -121,7 +119,7 @@ class LocalEngine:
                     self._store(*computing, tell)
                 computing = started
                 self._timing.seconds = time.perf_counter() - start
-                yield from self._ended()
+                yield from self._ahead.ended()
                 if batch is None and computing is None:
                     return
         finally:
@@ -142,12 +140,15 @@ class LocalEngine:
     def _fill(self, runs: Iterator[SlideRun], wait: bool) -> None:
         """Have tiles read until there is no more room; `wait` for a slide's tissue, if there is nothing else to do."""
         while True:
-            self._prepare_more(runs)
+            self._ahead.prepare(runs)
             if self._tiles_ahead >= self._room:
                 return
             if self._cutting is None:
-                if not self._begin_next(wait and not self._batches):
+                run = self._ahead.begin_next(wait and not self._batches)
+                if run is None:
                     return
+                if run.outcome is None:
+                    self._cutting = (run, run.parts(self._batch_size))
                 continue
             run, parts = self._cutting
             part = next(parts, None) if run.outcome is None else None
@@ -156,32 +157,17 @@ class LocalEngine:
             else:
                 self._submit(run, part)
 
-    def _prepare_more(self, runs: Iterator[SlideRun]) -> None:
+    def _prepare_task(self, slide: SlideFile) -> PrepareTask:
         settings, job = self._job.settings, self._job
-        while len(self._preparing) < _SLIDES_AHEAD and (run := next(runs, None)) is not None:
-            self._open.append(run)
-            task = PrepareTask(
-                run.slide,
-                settings.mpp,
-                settings.tile_size,
-                settings.overlap,
-                settings.min_tissue,
-                str(job.thumbnails),
-                str(job.contours),
-            )
-            self._preparing.append((run, self._decoders.submit(task)))
-
-    def _begin_next(self, wait: bool) -> bool:
-        """Begin with the next slide's tiles; False where its tissue is still looked for, or there is none."""
-        if not self._preparing or not (wait or self._preparing[0][1].done()):
-            return False
-        run, future = self._preparing.popleft()
-        prepared = self._result(run, future)
-        if prepared is not None:
-            run.begin(prepared)
-        if run.outcome is None:
-            self._cutting = (run, run.parts(self._batch_size))
-        return True
+        return PrepareTask(
+            slide,
+            settings.mpp,
+            settings.tile_size,
+            settings.overlap,
+            settings.min_tissue,
+            str(job.thumbnails),
+            str(job.contours),
+        )
 
     def _submit(self, run: SlideRun, part: Part) -> None:
         settings, batch = self._job.settings, _Batch(run, part)
@@ -223,20 +209,9 @@ class LocalEngine:
         """What a decoding process answers; None where that is why the slide fails."""
         start = time.perf_counter()
         try:
-            return future.result()
-        except OutputError:
-            raise
-        except DecoderDied as error:
-            self._job.clean_slide(run.slide)
-            run.fail(one_line(error))
-        except (SlideError, OSError) as error:
-            run.fail(one_line(error))
-        # One slide on which a library stumbles in its own way must not stop a job over thousands.
-        except Exception as error:
-            run.fail(f"{type(error).__name__}: {one_line(error)}")
+            return run.answer(future)
         finally:
             self._timing.waiting += time.perf_counter() - start
-        return None
 
     def _store(self, batch: _Batch, bad: list[tuple[int, str]], started: tuple, tell: Callable[[int], None]) -> None:
         features, grid = self._encoder.finish(started)
@@ -245,19 +220,10 @@ class LocalEngine:
             batch.run.take(batch.part, bad, features, grid)
         tell(batch.size)
 
-    def _ended(self) -> Iterator[Outcome]:
-        ended = [run for run in self._open if run.outcome is not None]
-        self._open = [run for run in self._open if run.outcome is None]
-        for run in ended:
-            yield run.outcome
-
     def _abandon(self) -> None:
-        for run in self._open:
-            run.drop()
+        self._ahead.abandon()
         for batch in self._batches:
             _cancel(batch)
-        for _, future in self._preparing:
-            future.cancel()
 
 
 def _cancel(batch: _Batch) -> None:

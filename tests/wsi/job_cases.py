@@ -1,4 +1,4 @@
-"""Jobs of extraction on small slides by a tiny model, and what is looked at afterwards."""
+"""Jobs of extraction by a tiny model and of cutting tiles, on small slides, and what is looked at afterwards."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from slide_files import blank, corrupt_tile, make_empty_file, make_not_a_slide, 
 
 from ssmamba_models.wsi.extract import ExtractResult, extract_slides
 from ssmamba_models.wsi.extract_plan import ExtractPlan
+from ssmamba_models.wsi.tile_slides import TilePlan, TileResult, tile_slides
 
 MODEL, TILE = "test_ssmamba", 64
 GEOMETRY = f"1mpp_{TILE}px_0px"
@@ -48,6 +49,12 @@ def make_bad_slides(folder: Path) -> Path:
 def extract(slides, out, **changes) -> ExtractResult:
     """Extract without a progress bar, by the tiny model unless said otherwise."""
     return extract_slides(slides, out, ExtractPlan(**{**TINY, **changes}), progress=False)
+
+
+def cut(slides, out, **changes) -> TileResult:
+    """Cut tiles without a progress bar, where `extract` takes its own."""
+    plan = TilePlan(**{"mpp": 1.0, "tile_size": TILE, "workers": 0, **changes})
+    return tile_slides(slides, out, plan, progress=False)
 
 
 def digests(job: Path, patterns=("*.h5", "*.png", "*.geojson")) -> dict[str, str]:

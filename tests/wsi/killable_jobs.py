@@ -1,7 +1,7 @@
 """A program that runs jobs in children, so that a test may kill them: it imports torch once for all.
 
-It reads lines of JSON (slides, out, changes, kill_at) and answers with the child's number, and once it has ended with
-how. `kill_at` N makes the child kill itself at its N-th touch of a file of the job.
+It reads lines of JSON (what, slides, out, changes, kill_at) and answers with the child's number, and once it has ended
+with how. `kill_at` N makes the child kill itself at its N-th touch of a file of the job.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import warnings
 
 import torch
-from job_cases import extract
+from job_cases import cut, extract
 
 # What Python tells of before it happens; "os.rename" is os.replace too.
 _TOUCHES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.utime", "os.truncate"}
@@ -33,10 +33,10 @@ def count_touches(out: str, kill_at: int | None) -> list[int]:
     return count
 
 
-def run(slides: str, out: str, changes: dict, kill_at: int | None) -> None:
+def run(what: str, slides: str, out: str, changes: dict, kill_at: int | None) -> None:
     count = count_touches(out, kill_at)
     try:
-        extract(slides, out, **changes)
+        {"extract": extract, "cut": cut}[what](slides, out, **changes)
         print(json.dumps({"touches": count[0]}), flush=True)
         os._exit(0)
     finally:

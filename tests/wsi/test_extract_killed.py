@@ -5,8 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,53 +14,12 @@ pytest.importorskip("h5py", reason="feature files need the [wsi] extra")
 pytest.importorskip("openslide", reason="slides need the [wsi] extra")
 
 from job_cases import digests, disc, events, leftovers
+from job_server import Jobs
 from slide_files import make_pyramid
 
 from ssmamba_models.wsi.status import read_summary
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the jobs are forks")
-
-SETTINGS = {"batch_size": 4, "workers": 0}
-
-
-class Jobs:
-    """Runs jobs in another process (see killable_jobs.py)."""
-
-    def __init__(self):
-        self.said = {}
-        program = Path(__file__).with_name("killable_jobs.py")
-        self._server = subprocess.Popen(
-            [sys.executable, str(program)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert self._answer("ready")
-
-    def _answer(self, key):
-        while True:
-            line = self._server.stdout.readline()
-            assert line, "the server died"
-            said = json.loads(line)
-            if key in said:
-                return said[key]
-            self.said.update(said)
-
-    def start(self, slides, out, kill_at=None, **changes):
-        self.said = {}
-        order = {"slides": str(slides), "out": str(out), "changes": {**SETTINGS, **changes}, "kill_at": kill_at}
-        self._server.stdin.write(json.dumps(order) + "\n")
-        self._server.stdin.flush()
-        return self._answer("pid")
-
-    def wait(self):
-        return self._answer("ended")
-
-    def close(self):
-        self._server.stdin.close()
-        self._server.wait(30)
-        self._server.stdout.close()
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from slide_files import make_empty_file, make_pyramid
 
 from ssmamba_models.wsi import ray_engine
 from ssmamba_models.wsi.extract_plan import ExtractPlan
+from ssmamba_models.wsi.held_slide import Outcome
 from ssmamba_models.wsi.local_engine import Timing
-from ssmamba_models.wsi.slide_run import Outcome
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ssmamba_models.engine.encoder.RandomWeightsWarning"),

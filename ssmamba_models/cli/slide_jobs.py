@@ -1,0 +1,86 @@
+"""What commands share that turn slides into a job folder: options of one name and meaning, and how slides ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import click
+
+from ssmamba_models.wsi.dry_run import PlannedSlide
+from ssmamba_models.wsi.job_run import JobResult
+
+_PLACES = (
+    click.argument("slides", nargs=-1, required=True, type=click.Path()),
+    click.option("--out", required=True, type=click.Path(), help="Job folder; made, or gone on with."),
+)
+_TILING = (
+    click.option("--mpp", type=float, default=0.5, show_default=True, help="Micrometres per pixel of the tiles."),
+    click.option(
+        "--tile-size", type=click.IntRange(1), default=224, show_default=True, help="Side of a tile, px at --mpp."
+    ),
+    click.option("--overlap", type=click.IntRange(0), default=0, show_default=True, help="Px that neighbours share."),
+    click.option("--min-tissue", type=float, default=0.25, show_default=True, help="Least share of tissue in a tile."),
+    click.option("--mpp-override", type=float, help="Micrometres per level-0 pixel, instead of what the slides say."),
+    click.option("--mpp-csv", type=click.Path(), help="The same for single slides: a CSV with columns slide,mpp."),
+    click.option(
+        "--max-bad-tiles", type=float, default=0.05, show_default=True, help="Share above which a slide fails."
+    ),
+)
+_JOB = (
+    click.option("--retry-failed", is_flag=True, help="Try slides again that failed."),
+    click.option(
+        "--workers", type=click.IntRange(0), help="Processes that read tiles; 0: none. Default: by the machine."
+    ),
+    click.option(
+        "--shard", metavar="i/n", help="Begin with the i-th of n shares. Default: a SLURM array's own numbers."
+    ),
+    click.option("--quiet", is_flag=True, help="No progress bar and no closing lines."),
+)
+
+
+def places(command: Callable) -> Callable:
+    """SLIDES and --out."""
+    return _add(_PLACES, command)
+
+
+def tiling_options(command: Callable) -> Callable:
+    """Where the tiles lie, and how many may be bad (see `TilingPlan`)."""
+    return _add(_TILING, command)
+
+
+def job_options(command: Callable) -> Callable:
+    """How the job is run."""
+    return _add(_JOB, command)
+
+
+def _add(options: Sequence[Callable], command: Callable) -> Callable:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def report_slides(result: JobResult, place: str) -> None:
+    """Print how many slides were done, and where their outputs are."""
+    click.echo(f"{len(result.done)} of {result.slides} slides done -> {place}")
+    if result.no_tissue:
+        click.echo(f"{len(result.no_tissue)} without tissue, so without a file: {', '.join(result.no_tissue[:5])} ...")
+    if result.unfinished:
+        click.echo(f"{len(result.unfinished)} in the hands of other processes, or waiting for a process that died")
+
+
+def report_failed(result: JobResult) -> int:
+    """Print the slides that failed; the exit code that follows."""
+    for name, reason in result.failed.items():
+        click.echo(f"failed: {name}: {reason}", err=True)
+    if result.failed:
+        click.echo(
+            f"{len(result.failed)} of {result.slides} slides failed; try them again with --retry-failed", err=True
+        )
+    return int(bool(result.failed))
+
+
+def show_slides(slides: Iterable[PlannedSlide]) -> None:
+    """Print a dry run's slides."""
+    for slide in slides:
+        mpp = "" if slide.mpp is None else f", level 0 at {slide.mpp:g} um/px ({slide.mpp_source})"
+        click.echo(f"{slide.name}: {slide.status}, {slide.reason or f'{slide.tiles} tiles{mpp}'}")
