@@ -54,8 +54,8 @@ def evaluate_slides(
         What is in report.json.
 
     Raises:
-        ValueError: no embeddings, ids without a .npy file, or files, labels or folds do not fit (see `read_slide_vectors`, `label_slides`,
-            `make_protocol`).
+        ValueError: no embeddings, ids without a .npy file, or files, labels or folds do not fit (see
+            `read_slide_vectors`, `label_slides`, `make_protocol`).
         FileNotFoundError, FileExistsError, OSError: something to read is not there, or `out` cannot be written.
         ImportError: scikit-learn, matplotlib or h5py is missing.
     """

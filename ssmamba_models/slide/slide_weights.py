@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from ssmamba_models.models.published import (
     file_sha256,
     hub_file,
 )
+from ssmamba_models.output import set_usual_mode, whole_file
 from ssmamba_models.slide.slide_encoder import SlideEncoder
 
 _KIND = "slide_encoder"
@@ -41,8 +41,9 @@ def save_slide_encoder(
 ) -> str:
     """Write a slide encoder into a folder; other files there stay, an encoder there is replaced.
 
-    Each file is whole or not there, and config.json, which is put in place last, tells the SHA-256 of the weights: what
-    a killed process leaves of two encoders is refused by `load_slide_encoder`, never mixed up.
+    Both files are written beside their places, and renamed one right after the other: until then the old encoder is
+    untouched. config.json, which comes last, tells the SHA-256 of the weights: what a process that is killed between
+    the two renames leaves of two encoders is refused by `load_slide_encoder`, never mixed up.
 
     Args:
         encoder: made by `create_slide_encoder`.
@@ -72,36 +73,14 @@ def save_slide_encoder(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
-    # One entry: safetensors writes several in any order, and the same encoder should give the same bytes.
-    part = _part(folder / WEIGHTS)
-    try:
+    with whole_file(folder / CONFIG, True) as config_part, whole_file(folder / WEIGHTS, True) as part:
+        # One entry: safetensors writes several in any order, and the same encoder should give the same bytes.
         save_file(tensors, part, {"format": "pt"})
+        set_usual_mode(part)
         sha256 = file_sha256(part)
-        _put(part, folder / WEIGHTS)
-    finally:
-        part.unlink(missing_ok=True)
-    config[DOMAIN] = {"sha256": sha256, "embed_dim": encoder.embed_dim, "ssmamba_models_version": __version__}
-    part = _part(folder / CONFIG)
-    try:
-        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _put(part, folder / CONFIG)
-    finally:
-        part.unlink(missing_ok=True)
+        config[DOMAIN] = {"sha256": sha256, "embed_dim": encoder.embed_dim, "ssmamba_models_version": __version__}
+        config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return sha256
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
-
-
-def _put(part: Path, path: Path) -> None:
-    # safetensors makes files for their owner alone.
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(part, 0o666 & ~mask)
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def load_slide_encoder(place: Place) -> SlideEncoder:

@@ -65,6 +65,24 @@ def test_the_same_encoder_gives_the_same_bytes_and_replaces_another(saved, tmp_p
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {**before, "log.jsonl": b""}
 
 
+@pytest.mark.parametrize(
+    "step", ["ssmamba_models.slide.slide_weights.save_file", "pathlib.Path.write_text", "os.fsync", "os.replace"]
+)
+def test_until_both_files_are_written_the_old_encoder_stays(saved, monkeypatch, step):
+    encoder, folder = saved
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*_, **__):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, fail)
+        with pytest.raises(OSError, match="is full"):
+            save_slide_encoder(make("gigassl_mlp"), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert load_slide_encoder(folder).name == encoder.name
+
+
 def test_weights_of_another_encoder_than_config_speaks_of_are_refused(saved, tmp_path):
     encoder, folder = saved
     encoder.norms[0].running_mean.fill_(1.0)
