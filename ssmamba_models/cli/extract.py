@@ -53,7 +53,7 @@ def command(
     Several processes, on several machines, may run it at once on one folder. What became of each slide stands in
     summary.csv.
 
-    Exit code: 0 all slides done, 1 some failed (each is listed), 2 bad input.
+    Exit code: 0 no slide failed, 1 some failed (each is listed), 2 bad input.
     """
     plan = ExtractPlan(**options, shard=parse_shard(shard))
     with plain_warnings():

@@ -56,6 +56,7 @@ def train(
     \b
     ssmamba mil train --features job/0.5mpp_224px_0px/features_ssmamba_small --labels labels.csv --out run
     ssmamba mil train --features F --labels labels.csv --aggregator clam --set aggregator_args.k_sample=16 --out run
+    ssmamba mil train --features F --labels labels.csv --aggregator pama --set aggregator_args.init=PAMA_RUN --out run
     ssmamba mil train --resume --out run
 
     Exit code: 0 trained to the end, 2 bad input.

@@ -63,7 +63,9 @@ def report_slides(result: JobResult, place: str) -> None:
     """Print how many slides were done, and where their outputs are."""
     click.echo(f"{len(result.done)} of {result.slides} slides done -> {place}")
     if result.no_tissue:
-        click.echo(f"{len(result.no_tissue)} without tissue, so without a file: {', '.join(result.no_tissue[:5])} ...")
+        more = " ..." if len(result.no_tissue) > 5 else ""
+        names = ", ".join(result.no_tissue[:5])
+        click.echo(f"{len(result.no_tissue)} without a file, for want of tissue (--min-tissue): {names}{more}")
     if result.unfinished:
         click.echo(f"{len(result.unfinished)} in the hands of other processes, or waiting for a process that died")
 

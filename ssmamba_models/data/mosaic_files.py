@@ -37,8 +37,8 @@ def write_mosaic_features(
         features: (N, D) of the tiles that they were assembled from.
         attributes: the provenance of the features, such as `TileFeatures.attributes`.
         folder: made if missing.
-        bags: mosaic -> its bags of shared augmentation: features (A, n, D), and of which cells they are, (A, n), counted
-            row by row; None writes none.
+        bags: mosaic -> its bags of shared augmentation: features (A, n, D), and of which cells they are, (A, n),
+            counted row by row; None writes none.
         tile_size: side of a tile in pixels.
         mpp: that the tiles are taken to have, in micrometres per pixel.
 

@@ -19,7 +19,7 @@ from ssmamba_models.data.hdf5 import require_h5py
 from ssmamba_models.data.output import check_output
 from ssmamba_models.data.tile_files import FeatureWriter, write_features
 from ssmamba_models.data.tiles import TileBatch, TileDataset, TileFolder, collate_tiles, find_tiles
-from ssmamba_models.engine.encoder import Encoder, load_encoder
+from ssmamba_models.engine.encoder import Encoder, load_encoder, out_of_memory
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,9 @@ def _embed_into(
 def _embed_batch(writer: FeatureWriter, tiles: TileFolder, encoder: Encoder, batch: TileBatch) -> None:
     try:
         features = encoder.embed(batch.images)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         raise ValueError(
             f"a batch of {len(batch.images)} tiles does not fit into the memory of {encoder.device}; "
             "use a smaller --batch-size"

@@ -160,6 +160,11 @@ def load_encoder(
     )
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says that memory is short: on a CPU it has no class of error for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def check_model_name(model: str) -> None:
     """Find a timm name, or say what is like it; names with a source ("hf-hub:...") pass, timm resolves them.
 

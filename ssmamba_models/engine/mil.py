@@ -145,7 +145,12 @@ def _train_fold(
     folder = _folder(run, number)
     folder.mkdir(exist_ok=True)
     save_mil_model(
-        folder / WEIGHTS, result.model, config.aggregator, config.aggregator_args, bags.classes, bags.provenance
+        folder / WEIGHTS,
+        result.model,
+        config.aggregator,
+        result.model.rebuild_arguments(config.aggregator_args),
+        bags.classes,
+        bags.provenance,
     )
     write_predictions(folder / PREDICTIONS, predictions, bags.classes)
     slides = {name: [bags.bags[place].slide for place in getattr(fold, name)] for name in ("train", "val", "test")}

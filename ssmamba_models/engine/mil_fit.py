@@ -21,6 +21,7 @@ from ssmamba_models.engine.mil_folds import MilFold
 from ssmamba_models.engine.optimisation import create_optimizer, create_schedule, parameter_groups
 from ssmamba_models.engine.processes import use_bf16
 from ssmamba_models.engine.rng import seed_everything
+from ssmamba_models.slide.aggregator import Aggregator
 from ssmamba_models.slide.aggregators import create_aggregator
 
 
@@ -35,7 +36,7 @@ class FitResult:
         history: for each epoch, epoch, train_loss and val_loss.
     """
 
-    model: nn.Module
+    model: Aggregator
     best_epoch: int = 0
     val_loss: float = math.inf
     history: list[dict[str, Any]] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ class Aggregator(nn.Module):
     def pool(self, features: Tensor, coords: Tensor | None, mask: Tensor | None) -> Output:
         """What `forward` gives, for inputs that are checked; may add what `loss` needs."""
         raise NotImplementedError
+
+    def rebuild_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What `create_aggregator` takes to make it again, from the arguments given to it and from no file."""
+        return dict(given)
 
     def loss(self, output: Output, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
         """What training minimises: the mean over bags of the cross-entropy, and what an aggregator adds of its own.

@@ -19,6 +19,7 @@ _AGGREGATORS = {
     "transformer_abmil": ("torchmil_models", "TransformerABMIL"),
     "smabmil": ("torchmil_models", "SmABMIL"),
     "patchgcn": ("torchmil_models", "PatchGCN"),
+    "pama": ("pama_aggregator", "PamaAggregator"),
     "mean": ("pooling", "MeanPooling"),
     "max": ("pooling", "MaxPooling"),
 }

@@ -93,7 +93,9 @@ class HeldSlide(abc.ABC):
         """Its tiles are known; a slide without any ends here."""
         self._prepared = prepared
         if len(prepared.coords) == 0:
-            self._end(Outcome(self.slide.name, NO_TISSUE), tiles=0)
+            reason = f"no tile has --min-tissue {self._job.settings.min_tissue:g} of tissue"
+            facts = {"reason": reason} if prepared.tissue_share > 0 else {}
+            self._end(Outcome(self.slide.name, NO_TISSUE), tiles=0, **facts)
 
     def _count_bad(self, bad: list[tuple[int, str]], seen: int) -> None:
         """Note bad tiles (place among all, reason) of the first `seen`; too many fail the slide."""

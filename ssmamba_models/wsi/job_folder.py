@@ -16,14 +16,14 @@ from typing import Any
 
 from ssmamba_models.engine.config import load_config, save_config
 from ssmamba_models.wsi.decoding import OutputError
-from ssmamba_models.wsi.locks import STALE, Locks
+from ssmamba_models.wsi.locks import JOB_LOCK, STALE, Locks
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.status import StatusLog, write_summary
 
 # What whole_file and check_output leave behind where a process is killed.
 PART = r"\.{stem}\.[0-9a-f]{{8}}\.part(\.[A-Za-z0-9]+)?"
 _PROBE = re.compile(r"\.ssmamba-probe-[0-9a-f]{8}")
-_JOB_LOCK, _JOB_TIMEOUT = "-job-", 1.25 * STALE
+_JOB_TIMEOUT = 1.25 * STALE
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class JobFolder(abc.ABC):
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Keep the job's other processes from its own files (config.yaml, summary.csv) within the block."""
-        lock = self.locks.acquire(_JOB_LOCK, _JOB_TIMEOUT)
+        lock = self.locks.acquire(JOB_LOCK, _JOB_TIMEOUT)
         if lock is None:
             raise OutputError(f"another process has been writing in {str(self.root)!r} for minutes; is its disk stuck?")
         with lock:
@@ -194,7 +194,7 @@ class JobFolder(abc.ABC):
         Raises:
             OutputError: it cannot be written.
         """
-        if not wait and self.locks.newest(_JOB_LOCK) is not None:
+        if not wait and self.locks.newest(JOB_LOCK) is not None:
             return
         try:
             with self._alone():

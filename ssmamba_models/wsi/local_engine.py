@@ -92,7 +92,12 @@ class LocalEngine:
         pin = encoder.encoder.device.type == "cuda"
         shape = (batch_size, encoder.size, encoder.size, 3)
         # Two in turn: a GPU may still be copying from the one before.
-        self._buffers = deque(torch.empty(shape, dtype=torch.uint8, pin_memory=pin) for _ in range(2))
+        try:
+            self._buffers = deque(torch.empty(shape, dtype=torch.uint8, pin_memory=pin) for _ in range(2))
+        except RuntimeError as error:  # what torch raises for any memory that there is not
+            raise ValueError(
+                f"two batches of {batch_size} tiles do not fit into memory; use a smaller --batch-size"
+            ) from error
 
     def run(self, runs: Iterator[SlideRun], tell: Callable[[int], None] = lambda tiles: None) -> Iterator[Outcome]:
         """Extract slides.

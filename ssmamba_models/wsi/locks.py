@@ -23,6 +23,8 @@ from types import TracebackType
 # Seconds between heartbeats, and after how many without one the owner on another machine counts as dead: long enough
 # for a file server to restart.
 BEAT, STALE = 10.0, 120.0
+# The job's own lock, beside those of its slides.
+JOB_LOCK = "-job-"
 
 # An owner writes its name at once; a file that stays empty this long was made by a process that died in between.
 _EMPTY, _EMPTY_POLL = 2.0, 0.05

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssmamba_models.wsi.locks import JOB_LOCK
 from ssmamba_models.wsi.mpp import find_mpp, slide_name
 
 # Files worth trying when a folder is searched; what a file is, its content decides.
@@ -101,6 +102,8 @@ def _slide(path: Path, mpp_override: float | None, mpp_table: Mapping[str, float
             f"the name of the slide {str(path)!r} is too long for files that are called after it (at most "
             f"{_LONGEST_NAME} bytes without the suffix); rename it"
         )
+    if name == JOB_LOCK:
+        raise ValueError(f"the slide {str(path)!r} has the name of the job's own lock; rename it")
     mpp = find_mpp(mpp_table, path)
     return SlideFile(os.path.abspath(path), name, mpp_override if mpp is None else mpp)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ssmamba_models.engine.encoder import Encoder
+from ssmamba_models.engine.encoder import Encoder, out_of_memory
 from ssmamba_models.wsi.shared_aug import SharedAugmentation
 
 
@@ -83,7 +83,9 @@ class TileEncoder:
             images = images.sub_(self._mean).div_(self._std)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.encoder.bf16):
                 return self._forward(images, maps=self._grid and augmentation is None)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             raise ValueError(
                 f"a batch of {len(pixels)} tiles does not fit into the memory of {device}; use a smaller --batch-size"
             ) from error

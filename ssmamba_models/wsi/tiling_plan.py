@@ -9,6 +9,9 @@ from typing import Any
 from ssmamba_models.wsi.mpp import check_mpp, read_mpp_csv
 from ssmamba_models.wsi.slide_list import SlideFile, find_slides
 
+# A tile of that side takes 0.8 GB.
+LARGEST_TILE = 16384
+
 
 @dataclass(frozen=True)
 class TilingPlan:
@@ -42,6 +45,8 @@ class TilingPlan:
         check_mpp(self.mpp, "mpp")
         if self.mpp_override is not None:
             check_mpp(self.mpp_override, "mpp_override")
+        if not 1 <= self.tile_size <= LARGEST_TILE:
+            raise ValueError(f"tile_size is {self.tile_size} px, expected 1 to {LARGEST_TILE}")
         if not 0 <= self.overlap < self.tile_size:
             raise ValueError(
                 f"the overlap is {self.overlap} px and the tile size {self.tile_size} px; the overlap must be 0 or "

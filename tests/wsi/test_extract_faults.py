@@ -11,6 +11,7 @@ pytest.importorskip("h5py", reason="feature files need the [wsi] extra")
 pytest.importorskip("openslide", reason="slides need the [wsi] extra")
 
 from job_cases import FEATURES, TINY, digests, events, extract, leftovers, make_bad_slides, make_slides
+from slide_files import make_pyramid
 
 from ssmamba_models.data.features import read_slide_features
 from ssmamba_models.wsi import decode_processes, local_engine, slide_run
@@ -279,3 +280,29 @@ def test_a_slide_that_vanishes(tmp_path):
     file = SlideFile(str(tmp_path / "gone.tif"), "gone")
     with Decoders(0) as decoders, pytest.raises(FileNotFoundError, match="gone"):
         decoders.submit(PrepareTask(file, 1.0, 64, 0, 0.25)).result()
+
+
+def test_tissue_that_fills_no_tile_is_told_from_none(tmp_path):
+    make_slides(tmp_path / "s", "a")
+    extract(tmp_path / "s", tmp_path / "job", min_tissue=1.0, tile_size=448)
+    row = read_summary(tmp_path / "job" / "summary.csv")["a"]
+    assert (row["status"], row["reason"]) == ("no tissue", "no tile has --min-tissue 1 of tissue")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tile_size": 20_000}, "tile_size is 20000 px, expected 1 to 16384"),
+        ({"batch_size": 10**12}, "two batches of 1000000000000 tiles do not fit into memory"),
+    ],
+)
+def test_more_than_memory_holds(tmp_path, settings, said):
+    make_slides(tmp_path / "s", "a")
+    with pytest.raises(ValueError, match=said):
+        extract(tmp_path / "s", tmp_path / "job", **settings)
+
+
+def test_a_slide_named_as_the_jobs_lock(tmp_path):
+    make_pyramid(tmp_path / "-job-.tif", (300, 300), mpp=0.5)
+    with pytest.raises(ValueError, match="name of the job's own lock; rename it"):
+        extract(tmp_path / "-job-.tif", tmp_path / "job")
