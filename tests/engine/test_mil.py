@@ -29,7 +29,9 @@ from ssmamba_models.engine.mil_data import BagReader
 from ssmamba_models.engine.mil_folds import make_folds
 from ssmamba_models.engine.mil_model import load_mil_model
 from ssmamba_models.engine.mil_predict import predict_mil, score_tiles
+from ssmamba_models.slide import create_slide_encoder
 from ssmamba_models.slide.aggregators import list_aggregators
+from ssmamba_models.slide.slide_weights import save_slide_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,13 +106,27 @@ def divided(tmp_path_factory):
     return folder, label(folder, [(bag.slide, bag.label, bag.patient, split_of[bag.patient]) for bag in bags.bags])
 
 
-@pytest.mark.parametrize("name", list(QUICK))
+@pytest.mark.parametrize("name", [*(name for name in QUICK if name != "pama"), pytest.param("pama", marks=pytest.mark.slow)])
 def test_the_planted_signal_is_found(name, divided, tmp_path):
     """AUC over slides of patients that the model never saw."""
     folder, labels = divided
     result = train_mil(quick_config(folder, name, labels=labels), tmp_path / "run", progress=False)
     assert len({row.patient for row in result.predictions}) == 16
     assert auc(result.predictions) > 0.9
+
+
+def test_pama_is_fine_tuned_and_then_needs_its_first_weights_no_more(small, tmp_path):
+    torch.manual_seed(0)
+    encoder = create_slide_encoder("test_pama", 6, max_tiles=12)
+    save_slide_encoder(encoder, tmp_path / "encoder")
+    arguments = {"init": str(tmp_path / "encoder")}
+    config = quick_config(small, "pama", aggregator_args=arguments, folds=2, epochs=1, lr=1e-9)
+    train_mil(config, tmp_path / "run", progress=False)
+    shutil.rmtree(tmp_path / "encoder")
+    loaded = load_mil_model(tmp_path / "run").model.encoder
+    assert (loaded.name, loaded.max_tiles) == ("test_pama", 12)
+    torch.testing.assert_close(loaded.state_dict(), encoder.state_dict(), rtol=0, atol=1e-5)
+    predict_mil(tmp_path / "run", small, tmp_path / "p.csv", progress=False)
 
 
 def test_the_planted_signal_is_found_in_every_fold(run):

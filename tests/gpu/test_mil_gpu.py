@@ -37,9 +37,11 @@ def test_mamba(backend, request):
 
 @pytest.mark.parametrize("name", list_aggregators())
 def test_aggregators(name):
-    if name not in ("mambamil", "mean", "max"):
+    if name not in ("mambamil", "mean", "max", "pama"):
         pytest.importorskip("torchmil", reason="this aggregator needs the [mil] extra")
-    cpu = create_aggregator(name, 16, 3, dropout=0.0).train()
+    # Devices draw other anchors to drop.
+    arguments = {"model": "test_pama", "model_args": {"anchor_drop_rate": 0.0}} if name == "pama" else {}
+    cpu = create_aggregator(name, 16, 3, dropout=0.0, **arguments).train()
     features = torch.randn(1, 300, 16)
     coords = torch.stack((torch.arange(300) % 20, torch.arange(300) // 20), -1)[None] * 448
     output = cpu(features, coords)

@@ -14,9 +14,10 @@ from ssmamba_models.slide.aggregators import aggregator_class, create_aggregator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OURS = ["mambamil", "mean", "max"]
+OURS = ["mambamil", "mean", "max", "pama"]
 THEIRS = ["abmil", "clam", "dsmil", "transmil", "transformer_abmil", "smabmil", "patchgcn"]
 SMALL = {name: {"hidden_dim": 16} for name in (*THEIRS, "max")} | {"mean": {}, "mambamil": {"dim": 16, "d_state": 4}}
+SMALL["pama"] = {"model": "test_pama"}
 
 
 def make(name: str, feature_dim: int = 12, num_classes: int = 2, **kwargs):
@@ -58,7 +59,8 @@ def test_logits_attention_and_gradients(name, num_classes):
     assert loss.isfinite()
     # torchmil's transformer layers hold a second norm that they leave unused without an MLP.
     idle = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    assert all("norm2" in n for n in idle), idle
+    # PAMA's last reading is the class token's alone, which lies in no direction.
+    assert all("norm2" in n or n == "encoder.blocks.1.attn.polar_embed.weight" for n in idle), idle
 
 
 @pytest.mark.parametrize("name", OURS + THEIRS)
@@ -219,6 +221,9 @@ def test_an_unknown_name(name, words):
         ("max", {"hidden_dim": "3"}, "hidden_dim of aggregator 'max' is '3', expected a whole number"),
         ("transmil", {"heads": 3}, "3 heads do not divide hidden_dim 16"),
         ("transmil", {"depth": 1}, "depth is 1, expected 2 or more"),
+        ("pama", {"model": "test_gigassl"}, "'test_gigassl' is no PAMA"),
+        ("pama", {"model_args": [3]}, r"model_args are \[3\], expected names and values"),
+        ("pama", {"model_args": {"depth": "2"}}, "depth of slide encoder 'test_pama' is '2'"),
         ("clam", {"bag_weight": 2}, "bag_weight is 2, expected 0 to 1"),
     ],
 )
