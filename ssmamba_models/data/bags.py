@@ -5,17 +5,18 @@ Slides whose features come from different encoders, or at another mpp or tile si
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ssmamba_models.data.features import open_slide_features
+from ssmamba_models.data.features import SlideFeatureFile, open_slide_features
 from ssmamba_models.data.provenance import same_provenance
 from ssmamba_models.data.slide_labels import check_slide_labels, match_slides, read_slide_labels, some_names
 
@@ -61,11 +62,30 @@ class Bag:
         Raises:
             ValueError, OSError, ImportError: as `open_slide_features`; ValueError where a block is damaged.
         """
+        with self._opened() as file:
+            if places is None:
+                return file.features[:], file.coords
+            return _some_rows(file.features, places), file.coords[places]
+
+    def read_shared(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Read one of the bags of shared augmentation.
+
+        Returns:
+            features (n, D), float32 or float16 as stored, and coords (n, 2) int64.
+
+        Raises:
+            ValueError, OSError, ImportError: as `read`; ValueError where the file has bags no more.
+        """
+        with self._opened() as file:
+            if file.bags is None:
+                raise ValueError(f"the slide {self.slide!r} has lost its bags of shared augmentation")
+            return file.bags[number]
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[SlideFeatureFile]:
         with open_slide_features(self.path) as file:
             try:
-                if places is None:
-                    return file.features[:], file.coords
-                return _some_rows(file.features, places), file.coords[places]
+                yield file
             except (RuntimeError, OSError) as error:  # what HDF5 raises; it does not name the file
                 raise ValueError(
                     f"{str(self.path)!r} is damaged ({error}); extract (or convert) the slide again"

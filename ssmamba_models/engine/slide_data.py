@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ssmamba_models.data.bags import Bag, Bags
-from ssmamba_models.data.features import open_slide_features
 from ssmamba_models.data.seeded import SeededData, mixed_seed
 from ssmamba_models.data.slide_bags import check_finite
 from ssmamba_models.engine.mil_data import BagReader
@@ -84,10 +83,7 @@ class SharedBags(Sequence):
         return self.bag.shared_bags
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        with open_slide_features(self.bag.path) as file:
-            if file.bags is None:
-                raise ValueError(f"the slide {self.bag.slide!r} has lost its bags of shared augmentation")
-            features, coords = file.bags[number]
+        features, coords = self.bag.read_shared(number)
         check_finite(features, self.bag.slide)
         return torch.from_numpy(features).float(), _grid(self.bag, torch.from_numpy(coords))
 

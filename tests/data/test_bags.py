@@ -107,6 +107,29 @@ def test_a_block_that_is_damaged(tmp_path, places):
         bag.read(places)
 
 
+def test_a_bag_of_shared_augmentation_that_is_damaged_or_gone(tmp_path):
+    import h5py
+
+    path = write_slide(tmp_path, "s", tiles=4)
+    with h5py.File(path, "a") as file:
+        group = file.create_group("bags")
+        group["features"] = np.ones((2, 3, 4), np.float32)
+        group.create_dataset("coords", data=np.zeros((2, 3, 2), np.int64), chunks=(1, 3, 2), fletcher32=True)
+        start = group["coords"].id.get_chunk_info(1).byte_offset
+    bag, _ = open_bag(path)
+    assert bag.shared_bags == 2
+    with open(path, "r+b") as raw:
+        raw.seek(start)
+        raw.write(b"\x01")
+    assert bag.read_shared(0)[0].shape == (3, 4)
+    with pytest.raises(ValueError, match=r"s\.h5' is damaged"):
+        bag.read_shared(1)
+    with h5py.File(path, "a") as file:
+        del file["bags"]
+    with pytest.raises(ValueError, match="has lost its bags"):
+        bag.read_shared(0)
+
+
 def test_some_of_the_tiles(tmp_path, monkeypatch):
     monkeypatch.setattr("ssmamba_models.data.bags._READ_ROWS", 4)
     bag, _ = open_bag(write_slide(tmp_path, "s", tiles=19))
