@@ -24,17 +24,19 @@ class SlideMethod:
         module: (SlideEncoder, **method_args) -> module with `.encoder`; it maps a batch to a dict with "loss".
         views: (**view_args), and by choice `encoder`, -> (SlideTiles, torch.Generator) -> dict of tensors; it may have
             `collate(list of dicts)` -> dict of tensors, for slides of different lengths.
+        least_slides: fewest slides that the loss can be computed of, over all processes.
         defaults: settings of `SlidePretrainConfig` that the method's recipe has; `model` among them.
     """
 
     module: Callable[..., nn.Module]
     views: Callable[..., Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    least_slides: int = 1
 
 
 SLIDE_METHODS = {
     # Source of the defaults: arXiv:2212.03273 (Adam, no decay) and arXiv:2407.07504 (AdamW).
-    "gigassl": SlideMethod(GigaSSL, GigaSSLViews, {"model": "gigassl_scm", "weight_decay": 0.0}),
+    "gigassl": SlideMethod(GigaSSL, GigaSSLViews, {"model": "gigassl_scm", "weight_decay": 0.0}, least_slides=2),
     "pama": SlideMethod(PamaPretraining, PamaViews.of, {"model": "pama_base", "weight_decay": 0.05}),
 }
 

@@ -72,6 +72,11 @@ class SlidePretrainConfig(LoopConfig):
         for name, value in method.defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.batch_size // self.accumulate < method.least_slides:
+            raise ValueError(
+                f"batch_size is {self.batch_size} in {self.accumulate} parts; {self.method} needs "
+                f"{method.least_slides} slides in each: use a larger --batch-size or fewer parts (--accumulate)"
+            )
         object.__setattr__(self, "method_args", complete_method_args(method, self.method_args))
         object.__setattr__(self, "view_args", complete_view_args(method, self.view_args))
 

@@ -277,6 +277,8 @@ class TestBadInput:
             ({"batch_size": 10}, "8 slides are fewer than one batch of 10; use --batch-size 8"),
             ({"method": "pama", "method_args": {}}, "expected a PAMA"),
             ({"max_tiles": 0}, "max_tiles is 0"),
+            ({"batch_size": 4, "accumulate": 4}, "gigassl needs 2 slides in each"),
+            ({"model_args": {"embed_dim": "wide"}}, "'wide', expected a whole number"),
             ({"init": "nowhere"}, "'nowhere'"),
         ],
     )
