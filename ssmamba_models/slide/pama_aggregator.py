@@ -38,6 +38,8 @@ class PamaAggregator(PamaClassifier):
     ) -> None:
         if model_args is not None and not isinstance(model_args, Mapping):
             raise ValueError(f"model_args are {model_args!r}, expected names and values")
+        # YAML takes a folder that is called 3 for a number.
+        init = None if init is None else str(init)
         if model is None:
             model = "pama_small" if init is None else read_slide_config(init)["architecture"]
         encoder = create_slide_encoder(model, feature_dim, False if init is None else init, **(model_args or {}))

@@ -222,13 +222,14 @@ def test_an_unknown_name(name, words):
         ("transmil", {"heads": 3}, "3 heads do not divide hidden_dim 16"),
         ("transmil", {"depth": 1}, "depth is 1, expected 2 or more"),
         ("pama", {"model": "test_gigassl"}, "'test_gigassl' is no PAMA"),
+        ("pama", {"init": 3}, "'3' is no folder with a config"),
         ("pama", {"model_args": [3]}, r"model_args are \[3\], expected names and values"),
         ("pama", {"model_args": {"depth": "2"}}, "depth of slide encoder 'test_pama' is '2'"),
         ("clam", {"bag_weight": 2}, "bag_weight is 2, expected 0 to 1"),
     ],
 )
 def test_arguments_that_cannot_be(name, arguments, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, OSError), match=words):
         make(name, **arguments)
 
 
