@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 
-from ssmamba_models.data.output import whole_file
+from ssmamba_models.output import whole_file
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -24,7 +24,7 @@ from ssmamba_models.benchmark.ops import OpsPlan, format_ops, run_ops
 from ssmamba_models.benchmark.report import write_json
 from ssmamba_models.benchmark.sgcl import SgclBenchmark, format_sgcl, run_sgcl
 from ssmamba_models.benchmark.train import DEFAULT_PEER, TrainPlan, format_train, run_train
-from ssmamba_models.data.output import check_output
+from ssmamba_models.output import check_output
 from ssmamba_models.ssl.propagation import KMEANS
 
 

@@ -9,7 +9,7 @@ import click
 from ssmamba_models.benchmark.report import write_json
 from ssmamba_models.data.feature_check import FileReport, check_feature_files
 from ssmamba_models.data.hdf5 import hdf5_files
-from ssmamba_models.data.output import check_output
+from ssmamba_models.output import check_output
 
 
 @click.command()

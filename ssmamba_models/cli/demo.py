@@ -11,11 +11,11 @@ from PIL import Image
 from timm.models import get_pretrained_cfg, is_model
 
 from ssmamba_models.cli.warn import plain_warnings
-from ssmamba_models.data.output import check_output, whole_file
 from ssmamba_models.data.synthetic import synthetic_he
 from ssmamba_models.data.tiles import read_tile
 from ssmamba_models.engine.encoder import Encoder, load_encoder
 from ssmamba_models.evaluation.token_map import draw_token_map, token_grid
+from ssmamba_models.output import check_output, whole_file
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 _FORMATS = ", ".join(_SUFFIXES)

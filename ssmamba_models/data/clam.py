@@ -20,8 +20,8 @@ import torch
 from ssmamba_models.data.feature_source import FeatureSource
 from ssmamba_models.data.foreign import Layout, read_coords, source_of_foreign, write_foreign
 from ssmamba_models.data.hdf5 import open_hdf5, plain_attributes, require_h5py, row_blocks
-from ssmamba_models.data.output import whole_file
 from ssmamba_models.data.tile_geometry import clean
+from ssmamba_models.output import whole_file
 
 CLAM = Layout("clam", features_dtype="float32", coords_dtype="int32")
 H5_FOLDER, PT_FOLDER = "h5_files", "pt_files"

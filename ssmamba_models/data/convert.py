@@ -13,8 +13,8 @@ from ssmamba_models.data.clam import H5_FOLDER, read_clam, tensor_file, write_cl
 from ssmamba_models.data.feature_source import FeatureSource, source_of_ours, write_ours
 from ssmamba_models.data.features import open_slide_features
 from ssmamba_models.data.hdf5 import hdf5_files, require_h5py
-from ssmamba_models.data.output import check_output
 from ssmamba_models.data.trident import FOLDER, read_trident, write_trident
+from ssmamba_models.output import check_output
 
 LAYOUTS = ("ssmamba", "clam", "trident")
 

@@ -20,8 +20,8 @@ import numpy as np
 from ssmamba_models.data.careful_file import CarefulFile, create_hdf5
 from ssmamba_models.data.feature_bags import BAG_COORDS, BAG_FEATURES, FeatureBags, find_bags
 from ssmamba_models.data.hdf5 import RowWriter, open_hdf5, plain_attributes, require_h5py, write_attributes
-from ssmamba_models.data.output import whole_file
 from ssmamba_models.data.tile_geometry import TileGeometry, check_geometry
+from ssmamba_models.output import whole_file
 
 _DTYPES = {"float32": np.float32, "float16": np.float16}
 _MAKER = "`ssmamba extract`"

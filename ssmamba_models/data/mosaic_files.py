@@ -15,7 +15,7 @@ from PIL import Image
 from ssmamba_models.data.features import write_slide_features
 from ssmamba_models.data.labelled import MANIFEST, LabelledTiles
 from ssmamba_models.data.mosaics import Mosaic
-from ssmamba_models.data.output import whole_file
+from ssmamba_models.output import whole_file
 
 LABELS = "labels.csv"
 

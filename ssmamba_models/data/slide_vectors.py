@@ -18,7 +18,7 @@ import numpy as np
 from ssmamba_models.data.careful_file import create_hdf5
 from ssmamba_models.data.csv_rows import read_csv_rows
 from ssmamba_models.data.hdf5 import open_hdf5, plain_attributes, require_h5py, write_attributes
-from ssmamba_models.data.output import whole_file
+from ssmamba_models.output import whole_file
 
 _MAKER, _CURE = "`ssmamba slide-embed`", "embed the slides again"
 _ID_COLUMNS = ("slide", "id", "name")

@@ -19,7 +19,7 @@ import numpy as np
 
 from ssmamba_models.data.careful_file import CarefulFile, create_hdf5
 from ssmamba_models.data.hdf5 import CHUNK_ROWS, open_hdf5, plain_attributes, require_h5py, write_attributes
-from ssmamba_models.data.output import whole_file
+from ssmamba_models.output import whole_file
 
 
 @dataclass(frozen=True)

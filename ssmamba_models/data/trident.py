@@ -15,7 +15,7 @@ from typing import Any
 from ssmamba_models.data.feature_source import FeatureSource
 from ssmamba_models.data.foreign import Layout, source_of_foreign, write_foreign
 from ssmamba_models.data.hdf5 import open_hdf5, plain_attributes
-from ssmamba_models.data.output import whole_file
+from ssmamba_models.output import whole_file
 
 TRIDENT = Layout("trident", features_dtype=None, coords_dtype="int64")
 FOLDER = "features_"

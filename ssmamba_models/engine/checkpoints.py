@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ssmamba_models.data.output import remove_unfinished, set_usual_mode, whole_file
+from ssmamba_models.output import remove_unfinished, set_usual_mode, whole_file
 
 # What keeps a whole file from being read.
 _MACHINE = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ESTALE)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ssmamba_models.data.output import whole_file
+from ssmamba_models.output import whole_file
 
 Config = TypeVar("Config")
 

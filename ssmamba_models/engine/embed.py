@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from ssmamba_models.data.batches import read_batches
 from ssmamba_models.data.hdf5 import require_h5py
-from ssmamba_models.data.output import check_output
 from ssmamba_models.data.tile_files import FeatureWriter, write_features
 from ssmamba_models.data.tiles import TileBatch, TileDataset, TileFolder, collate_tiles, find_tiles
 from ssmamba_models.engine.encoder import Encoder, load_encoder, out_of_memory
+from ssmamba_models.output import check_output
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ssmamba_models.data.labelled import LabelledTiles
-from ssmamba_models.data.output import whole_file
 from ssmamba_models.engine.validation import Predictions
+from ssmamba_models.output import whole_file
 
 
 def write_metrics(

@@ -19,7 +19,6 @@ import torch
 from tqdm import tqdm
 
 from ssmamba_models.data.bags import Bags, read_bags
-from ssmamba_models.data.output import whole_file
 from ssmamba_models.engine.encoder import resolve_device
 from ssmamba_models.engine.mil_config import MilConfig
 from ssmamba_models.engine.mil_data import BagReader
@@ -28,6 +27,7 @@ from ssmamba_models.engine.mil_folds import MilFold, make_folds
 from ssmamba_models.engine.mil_model import WEIGHTS, save_mil_model
 from ssmamba_models.engine.mil_predictions import SlidePrediction, read_predictions, write_predictions
 from ssmamba_models.engine.run_folder import open_run
+from ssmamba_models.output import whole_file
 from ssmamba_models.slide.aggregators import create_aggregator
 
 PREDICTIONS, SLIDES, FOLD = "predictions.csv", "slides.json", "fold.json"

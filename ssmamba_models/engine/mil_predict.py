@@ -13,13 +13,13 @@ import torch
 from tqdm import tqdm
 
 from ssmamba_models.data.bags import Bag, Bags, check_same_provenance, feature_files, open_bag
-from ssmamba_models.data.output import check_output
 from ssmamba_models.engine.encoder import resolve_device
 from ssmamba_models.engine.mil_data import BagReader
 from ssmamba_models.engine.mil_fit import BagPredictor
 from ssmamba_models.engine.mil_model import WEIGHTS, MilModel, load_mil_model
 from ssmamba_models.engine.mil_predictions import SlidePrediction, write_predictions
 from ssmamba_models.engine.processes import use_bf16
+from ssmamba_models.output import check_output
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssmamba_models.data.output import whole_file
+from ssmamba_models.output import whole_file
 
 _PROBABILITY = "probability_"
 

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ssmamba_models.data.output import whole_file
 from ssmamba_models.data.seeded import SeededTiles, collate_seeded
 from ssmamba_models.engine.loop import to_device
 from ssmamba_models.engine.run_log import RunLog
+from ssmamba_models.output import whole_file
 
 
 def fixed_batch(data: SeededTiles, count: int = 8) -> object:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ssmamba_models.data.output import is_unfinished, remove_unfinished
 from ssmamba_models.engine.checkpoints import Checkpoints
 from ssmamba_models.engine.config import config_values, load_config, save_config
 from ssmamba_models.engine.train_config import LoopConfig
+from ssmamba_models.output import is_unfinished, remove_unfinished
 
 
 def open_run(folder: str | os.PathLike, config: LoopConfig, resume: bool) -> Path:

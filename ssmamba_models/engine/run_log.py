@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ssmamba_models.data.output import whole_file
+from ssmamba_models.output import whole_file
 
 
 class RunLog:

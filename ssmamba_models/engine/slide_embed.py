@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from ssmamba_models._version import __version__
 from ssmamba_models.data.bags import Bag, Bags, check_same_provenance
-from ssmamba_models.data.output import check_output
 from ssmamba_models.data.slide_bags import check_finite, read_slides
 from ssmamba_models.data.slide_vectors import SlideVectors, write_slide_vectors
 from ssmamba_models.engine.encoder import resolve_device
 from ssmamba_models.engine.processes import use_bf16
+from ssmamba_models.output import check_output
 from ssmamba_models.slide.slide_encoder import SlideEncoder
 from ssmamba_models.slide.slide_encoders import create_slide_encoder
 from ssmamba_models.slide.slide_weights import load_slide_encoder, read_slide_config

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from ssmamba_models.data.features import read_slide_features
-from ssmamba_models.data.output import check_output
 from ssmamba_models.data.tile_geometry import TileGeometry
 from ssmamba_models.engine.mil_predict import TileScores, score_tiles
+from ssmamba_models.output import check_output
 from ssmamba_models.wsi.contours import polygon_feature, write_geojson
 from ssmamba_models.wsi.drawing import write_thumbnail
 from ssmamba_models.wsi.reader import open_slide

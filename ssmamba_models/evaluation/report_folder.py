@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ssmamba_models.data.output import check_output
+from ssmamba_models.output import check_output
 
 FEATURES, PLOTS = "features", "plots"
 REPORT = "report.json"

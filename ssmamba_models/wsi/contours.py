@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ssmamba_models.data.output import whole_file
+from ssmamba_models.output import whole_file
 from ssmamba_models.wsi.tissue import TissueMask
 
 TISSUE_COLOR = (0, 150, 80)

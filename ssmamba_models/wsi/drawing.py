@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ssmamba_models.data.output import whole_file
+from ssmamba_models.output import whole_file
 from ssmamba_models.wsi.contours import TISSUE_COLOR, Contour
 from ssmamba_models.wsi.grid import TileGrid
 

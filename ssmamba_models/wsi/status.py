@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssmamba_models.data.output import whole_file
+from ssmamba_models.output import whole_file
 
 if TYPE_CHECKING:
     from ssmamba_models.wsi.slide_list import SlideFile

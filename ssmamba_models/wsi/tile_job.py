@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmamba_models.data.labelled import MANIFEST
-from ssmamba_models.data.output import whole_file
+from ssmamba_models.output import whole_file
 from ssmamba_models.wsi.decoding import OutputError
 from ssmamba_models.wsi.job_folder import FolderSettings, JobFolder
 from ssmamba_models.wsi.slide_list import SlideFile

@@ -7,9 +7,9 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from ssmamba_models.data.output import whole_file
 from ssmamba_models.data.slide_labels import check_patient_splits, match_slides, read_slide_labels, some_names
 from ssmamba_models.data.spatial_tiles import COLUMNS
+from ssmamba_models.output import whole_file
 
 # Slide -> label, patient, and split, which is None in a table without splits.
 Labels = Mapping[str, Mapping[str, str | None]]

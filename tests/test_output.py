@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ssmamba_models.data.output import check_output, whole_file
+from ssmamba_models.output import check_output, whole_file
 
 
 def test_a_writable_place_is_left_as_it_was(tmp_path):
