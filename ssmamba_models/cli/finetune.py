@@ -6,15 +6,14 @@ from typing import Any
 
 import click
 
-from ssmamba_models.cli.runs import exit_code, read_config, report_end
+from ssmamba_models.cli.runs import configured, exit_code, read_config, report_end, run_options
 from ssmamba_models.engine.finetune import FinetuneResult, finetune
 from ssmamba_models.engine.finetune_config import FinetuneConfig
 
 
 @click.command()
 @click.option("--data", type=click.Path(), help="Folder of labelled tiles.")
-@click.option("--out", required=True, type=click.Path(), help="Run folder to write.")
-@click.option("--config", "config_file", type=click.Path(), help="YAML of settings, such as another run's config.yaml.")
+@configured
 @click.option("--model", help="Ours, or any timm name. Default: ssmamba_small.")
 @click.option("--init", help="Encoder to start from: pretrained, none, a file or a run folder. Default: pretrained.")
 @click.option("--classes", multiple=True, metavar="A,B,C", help="Take the tiles of these classes. Default: all.")
@@ -27,7 +26,6 @@ from ssmamba_models.engine.finetune_config import FinetuneConfig
 )
 @click.option("--epochs", type=int, help="Passes over the data. Default: 100.")
 @click.option("--batch-size", type=int, help="Tiles per step, over all processes. Default: 64.")
-@click.option("--accumulate", type=int, help="Cut a batch into so many parts, to need less memory. Default: 1.")
 @click.option("--lr", type=float, help="Peak learning rate. Default: 5e-4 * batch size / 256.")
 @click.option("--warmup-epochs", type=float, help="Epochs of rising learning rate. Default: a tenth.")
 @click.option("--layer-decay", type=float, help="Factor on the learning rate per layer downwards. Default: 0.65.")
@@ -37,14 +35,7 @@ from ssmamba_models.engine.finetune_config import FinetuneConfig
 @click.option("--cutmix", type=float, help="Alpha of cutmix. Default: 0, without.")
 @click.option("--freeze-encoder", is_flag=True, default=None, help="Train the classifier layer alone.")
 @click.option("--img-size", type=int, help="Side of the input in pixels. Default: 224.")
-@click.option("--ema-decay", type=float, help="Validate and keep an average of the weights with this decay.")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="Default: bf16 on GPUs that have it.")
-@click.option("--seed", type=int, help="Seed of weights, order, views and --train-fraction. Default: 0.")
-@click.option("--workers", type=int, help="Processes that read tiles; 0: none. Default: by the machine.")
-@click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting; may be repeated.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out (started if there is none).")
-@click.option("--quiet", is_flag=True, help="No progress bar and no closing line.")
+@run_options
 @click.pass_context
 def command(ctx: click.Context, out: str, config_file: str | None, settings, resume: bool, quiet: bool, **options: Any):
     """Train a classifier on labelled tiles, and validate it on groups that it never saw.

@@ -6,15 +6,14 @@ from typing import Any
 
 import click
 
-from ssmamba_models.cli.runs import exit_code, read_config, report_end
+from ssmamba_models.cli.runs import configured, exit_code, read_config, report_end, run_options
 from ssmamba_models.engine.methods import METHODS
 from ssmamba_models.engine.pretrain import PretrainConfig, pretrain
 
 
 @click.command()
 @click.option("--data", type=click.Path(), help="Folder of tiles, or for sgcl a manifest; labels are not needed.")
-@click.option("--out", required=True, type=click.Path(), help="Run folder to write.")
-@click.option("--config", "config_file", type=click.Path(), help="YAML of settings, such as another run's config.yaml.")
+@configured
 @click.option("--method", type=click.Choice(sorted(METHODS)), help="Default: mamim.")
 @click.option("--model", help="An ssmamba model, or for sgcl any of timm. Default: ssmamba_small.")
 @click.option("--init", help="Weights to start from: none, pretrained, a file or a run folder. Default: none.")
@@ -22,18 +21,10 @@ from ssmamba_models.engine.pretrain import PretrainConfig, pretrain
 @click.option("--split", help="Where the data has splits, take this one. Default: train.")
 @click.option("--epochs", type=int, help="Passes over the data. Default: 100.")
 @click.option("--batch-size", type=int, help="Tiles per step, over all processes. Default: 256 (sgcl 128).")
-@click.option("--accumulate", type=int, help="Cut a batch into so many parts, to need less memory. Default: 1.")
 @click.option("--lr", type=float, help="Peak learning rate. Default: 1.5e-4 (sgcl 0.03) * batch size / 256.")
 @click.option("--warmup-epochs", type=float, help="Epochs of rising learning rate. Default: a tenth (sgcl none).")
 @click.option("--img-size", type=int, help="Side of the input in pixels. Default: 224.")
-@click.option("--ema-decay", type=float, help="Keep and export an average of the weights with this decay.")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="Default: bf16 on GPUs that have it.")
-@click.option("--seed", type=int, help="Seed of weights, order and views. Default: 0.")
-@click.option("--workers", type=int, help="Processes that read tiles; 0: none. Default: by the machine.")
-@click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting; may be repeated.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out (started if there is none).")
-@click.option("--quiet", is_flag=True, help="No progress bar and no closing line.")
+@run_options
 @click.pass_context
 def command(ctx: click.Context, out: str, config_file: str | None, settings, resume: bool, quiet: bool, **options):
     """Pretrain an encoder on your tiles, without labels.

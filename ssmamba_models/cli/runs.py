@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from ssmamba_models.cli.options import add_options
 from ssmamba_models.engine.config import load_config, parse_setting
 from ssmamba_models.engine.loop import TrainResult
 
 Config = TypeVar("Config")
+
+_CONFIGURED = (
+    click.option("--out", required=True, type=click.Path(), help="Run folder to write."),
+    click.option(
+        "--config", "config_file", type=click.Path(), help="YAML of settings, such as another run's config.yaml."
+    ),
+)
+_RUN = (
+    click.option("--accumulate", type=int, help="Cut a batch into so many parts, to need less memory. Default: 1."),
+    click.option("--ema-decay", type=float, help="Keep and export an average of the weights with this decay."),
+    click.option(
+        "--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="Default: bf16 on GPUs that have it."
+    ),
+    click.option("--seed", type=int, help="Seed of all that is drawn. Default: 0."),
+    click.option("--workers", type=int, help="Processes that read the data; 0: none. Default: by the machine."),
+    click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one."),
+    click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting; may be repeated."),
+    click.option("--resume", is_flag=True, help="Go on with the run in --out (started if there is none)."),
+    click.option("--quiet", is_flag=True, help="No progress bar and no closing line."),
+)
+
+
+def configured(command: Callable) -> Callable:
+    """--out and --config."""
+    return add_options(_CONFIGURED, command)
+
+
+def run_options(command: Callable) -> Callable:
+    """What every training on the engine's loop takes (see `LoopConfig`)."""
+    return add_options(_RUN, command)
 
 
 def read_config(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import click
 
+from ssmamba_models.cli.options import add_options
 from ssmamba_models.wsi.dry_run import PlannedSlide
 from ssmamba_models.wsi.job_run import JobResult
 
@@ -40,23 +41,17 @@ _JOB = (
 
 def places(command: Callable) -> Callable:
     """SLIDES and --out."""
-    return _add(_PLACES, command)
+    return add_options(_PLACES, command)
 
 
 def tiling_options(command: Callable) -> Callable:
     """Where the tiles lie, and how many may be bad (see `TilingPlan`)."""
-    return _add(_TILING, command)
+    return add_options(_TILING, command)
 
 
 def job_options(command: Callable) -> Callable:
     """How the job is run."""
-    return _add(_JOB, command)
-
-
-def _add(options: Sequence[Callable], command: Callable) -> Callable:
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return add_options(_JOB, command)
 
 
 def report_slides(result: JobResult, place: str) -> None:

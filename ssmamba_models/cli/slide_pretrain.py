@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import click
 
-from ssmamba_models.cli.runs import exit_code, read_config, report_end
+from ssmamba_models.cli.runs import configured, exit_code, read_config, report_end, run_options
 from ssmamba_models.engine.slide_methods import SLIDE_METHODS
 from ssmamba_models.engine.slide_pretrain import SlidePretrainConfig, pretrain_slides
 
 
 @click.command()
 @click.option("--features", type=click.Path(), help="Folder of feature files, one per slide; labels are not needed.")
-@click.option("--out", required=True, type=click.Path(), help="Run folder to write.")
-@click.option("--config", "config_file", type=click.Path(), help="YAML of settings, such as another run's config.yaml.")
+@configured
 @click.option("--method", type=click.Choice(sorted(SLIDE_METHODS)), help="Default: gigassl.")
 @click.option("--model", help="A slide encoder. Default: gigassl_scm for gigassl, pama_base for pama.")
 @click.option("--init", help="Weights to start from: none, a run folder or hf-hub:ORG/NAME. Default: none.")
 @click.option("--epochs", type=int, help="Passes over the slides. Default: 100.")
 @click.option("--batch-size", type=int, help="Slides per step, over all processes. Default: 256.")
-@click.option("--accumulate", type=int, help="Cut a batch into so many parts, to need less memory. Default: 1.")
 @click.option("--lr", type=float, help="Peak learning rate. Default: 1e-3 * batch size / 256.")
 @click.option("--warmup-epochs", type=float, help="Epochs of rising learning rate. Default: a tenth.")
 @click.option("--max-tiles", type=int, help="Tiles of a slide that a step may read. Default: 20000.")
-@click.option("--ema-decay", type=float, help="Keep and export an average of the weights with this decay.")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="Default: bf16 on GPUs that have it.")
-@click.option("--seed", type=int, help="Seed of weights, order and views. Default: 0.")
-@click.option("--workers", type=int, help="Processes that read slides; 0: none. Default: by the machine.")
-@click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting; may be repeated.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out (started if there is none).")
-@click.option("--quiet", is_flag=True, help="No progress bar and no closing line.")
+@run_options
 @click.pass_context
 def command(ctx: click.Context, out: str, config_file: str | None, settings, resume: bool, quiet: bool, **options):
     """Pretrain a slide encoder on feature files, without labels: Giga-SSL or PAMA.
