@@ -19,7 +19,7 @@ EXPECTED = 44  # a case that is silently not collected is noticed
 def test_kernels_in_the_interpreter():
     triton = pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be interpreted")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "SSMAMBA_BACKEND": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-p", "no:cacheprovider", "--no-header"]
+    command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-n", "0", "-p", "no:cacheprovider", "--no-header"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     if "only 0-dimensional arrays can be converted" in run.stdout and triton.__version__ < "3.9":
         pytest.skip(f"the interpreter of triton {triton.__version__} does not work with numpy {np.__version__}")
