@@ -67,11 +67,11 @@ class Bag:
                 return file.features[:], file.coords
             return _some_rows(file.features, places), file.coords[places]
 
-    def read_shared(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read one of the bags of shared augmentation.
+    def read_shared(self, number: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Read one of the bags of shared augmentation, or all of them.
 
         Returns:
-            features (n, D), float32 or float16 as stored, and coords (n, 2) int64.
+            features (n, D), float32 or float16 as stored, and coords (n, 2) int64; of all, (A, n, D) and (A, n, 2).
 
         Raises:
             ValueError, OSError, ImportError: as `read`; ValueError where the file has bags no more.
@@ -79,7 +79,7 @@ class Bag:
         with self._opened() as file:
             if file.bags is None:
                 raise ValueError(f"the slide {self.slide!r} has lost its bags of shared augmentation")
-            return file.bags[number]
+            return file.bags[slice(None) if number is None else number]
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[SlideFeatureFile]:

@@ -21,7 +21,7 @@ class FeatureBags(Sequence):
         features: (A, n, D) data set.
         coords: (A, n, 2) data set.
 
-    Index: a bag's number -> features (n, D), as stored, and coords (n, 2) int64.
+    Index: a bag's number -> features (n, D), as stored, and coords (n, 2) int64; a slice of them with an axis more.
     """
 
     def __init__(self, file):
@@ -30,7 +30,9 @@ class FeatureBags(Sequence):
     def __len__(self) -> int:
         return len(self.features)
 
-    def __getitem__(self, bag: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, bag: int | slice) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(bag, slice):
+            return self.features[bag], self.coords[bag].astype(np.int64, copy=False)
         if not -len(self) <= bag < len(self):
             raise IndexError(f"there is no bag {bag}; the file has {len(self)}")
         bag %= len(self)

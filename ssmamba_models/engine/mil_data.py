@@ -20,6 +20,7 @@ class BagReader:
     def __init__(self, bags: Bags, cache_bytes: float):
         self.bags, self.free = bags, cache_bytes
         self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._kept_shared: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def read(self, place: int, max_tiles: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
         """The tiles of the slide at a place.
@@ -51,3 +52,16 @@ class BagReader:
             self._kept[place] = features, coords
         features, coords = self._kept[place]
         return (features, coords) if places is None else (features[places], coords[places])
+
+    def read_shared(self, place: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """One of a slide's bags of shared augmentation: features (n, D) as stored, coords (n, 2) int64."""
+        if place not in self._kept_shared:
+            bag = self.bags.bags[place]
+            features, coords = bag.read_shared(number)
+            size = bag.shared_bags * (features.nbytes + coords.nbytes)
+            if size > self.free:
+                return features, coords
+            self.free -= size
+            self._kept_shared[place] = bag.read_shared()
+        features, coords = self._kept_shared[place]
+        return features[number], coords[number]

@@ -64,26 +64,27 @@ class SeededSlides(SeededData):
         bag = self.bags.bags[index]
         features, coords = self.reader.read(index, self.max_tiles, mixed_seed(seed, _SUBSAMPLE))
         check_finite(features.numpy(), bag.slide)
-        return SlideTiles(features, _grid(bag, coords), SharedBags(bag) if bag.shared_bags else None)
+        return SlideTiles(features, _grid(bag, coords), SharedBags(self.reader, index) if bag.shared_bags else None)
 
 
 class SharedBags(Sequence):
-    """A slide's bags of shared augmentation, each read from the disk when it is asked for.
+    """A slide's bags of shared augmentation, each read when it is asked for.
 
     Args:
-        bag: the slide.
+        reader: reads them, and keeps what it may.
+        place: of the slide.
 
     Index: a bag's number -> features (n, D) and grid (n, 2), float32 tensors.
     """
 
-    def __init__(self, bag: Bag):
-        self.bag = bag
+    def __init__(self, reader: BagReader, place: int):
+        self.reader, self.place, self.bag = reader, place, reader.bags.bags[place]
 
     def __len__(self) -> int:
         return self.bag.shared_bags
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        features, coords = self.bag.read_shared(number)
+        features, coords = self.reader.read_shared(self.place, number)
         check_finite(features, self.bag.slide)
         return torch.from_numpy(features).float(), _grid(self.bag, torch.from_numpy(coords))
 

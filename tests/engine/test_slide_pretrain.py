@@ -255,6 +255,13 @@ class TestData:
         views = [data[epoch, 0].views["features"] for epoch in range(6)]
         assert set(torch.stack(views).unique().tolist()) == {100.0, 101.0}
         assert all(len(view.unique()) == 1 for pair in views for view in pair)
+        # They stay in memory, or without a cache on the disk: with the same numbers.
+        uncached = module_under_test.build_slides(config_of(folder, cache_gb=0.0), read_slides(folder))[1]
+        assert torch.equal(uncached[0, 0].views["features"], views[0])
+        data.bags.bags[0].path.rename(tmp_path / "away.h5")
+        assert torch.equal(data[0, 0].views["features"], views[0])
+        assert uncached[0, 0].unreadable
+        (tmp_path / "away.h5").rename(data.bags.bags[0].path)
         run_of(folder, tmp_path / "run", epochs=1)
         assert "no bags of shared augmentation" not in capsys.readouterr().err
         said = json.loads((tmp_path / "run" / "config.json").read_text())["metadata"]
