@@ -20,8 +20,10 @@ from ssmamba_models.data.mosaics import MosaicKind, assemble_mosaics
 from ssmamba_models.data.synthetic import write_synthetic_tiles
 from ssmamba_models.data.tile_files import read_features
 from ssmamba_models.engine.embed import embed_folder
-from ssmamba_models.engine.mil import train_mil
+from ssmamba_models.engine.mil import PREDICTIONS, train_mil
 from ssmamba_models.engine.mil_config import MilConfig
+from ssmamba_models.engine.mil_model import WEIGHTS
+from ssmamba_models.engine.mil_predictions import read_predictions
 from ssmamba_models.evaluation.heatmap import draw_heatmap
 from ssmamba_models.evaluation.mil_report import report_mil
 
@@ -74,14 +76,16 @@ def score(name, folder, arguments):
 
 
 def draw(mosaics, tiles, folder, arguments):
-    """A positive slide, its tumour tiles told by the last aggregator."""
+    """A positive slide, its tumour tiles told by the last aggregator, of the fold that was not trained on it."""
     mosaic = next(mosaic for mosaic in mosaics if mosaic.label == "positive")
     out = arguments.out / "heatmap"
     out.mkdir(exist_ok=True)
     slide = out / f"{mosaic.name}_slide.png"
     draw_mosaic(mosaic, tiles).save(slide)
     run = arguments.out / arguments.aggregators[-1]
-    drawn = draw_heatmap(run, folder / f"{mosaic.name}.h5", out, slide=slide, max_size=672, overwrite=True)
+    fold = next(row.fold for row in read_predictions(run / PREDICTIONS)[0] if row.slide == mosaic.name)
+    weights = run / f"fold-{fold}" / WEIGHTS
+    drawn = draw_heatmap(weights, folder / f"{mosaic.name}.h5", out, slide=slide, max_size=672, overwrite=True)
     attention = drawn.scores.attention
     tumour = np.array([tiles.labels[index] == arguments.tumour for index in mosaic.tiles.reshape(-1)])
     found = tumour[np.argsort(-attention)[: tumour.sum()]].mean()
