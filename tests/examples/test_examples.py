@@ -1,8 +1,6 @@
 """Each example runs on images that it makes, and on a folder given; small models keep that quick."""
 
-import importlib.util
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,22 +12,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ssmamba_models.engine.encoder.RandomWeightsWarning"),
     pytest.mark.usefixtures("one_thread"),
 ]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run an example as a script would run, in this process; returns what it printed."""
-
-    def run(name, *arguments):
-        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        monkeypatch.chdir(tmp_path)
-        module.main()
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))

@@ -1,8 +1,5 @@
 """The examples that measure SGCL, Giga-SSL and PAMA run on synthetic tiles, and go on from what is done."""
 
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -10,27 +7,12 @@ from PIL import Image
 for package in ("h5py", "sklearn", "accelerate"):
     pytest.importorskip(package, reason="pretraining and its evaluation need the [train,eval,wsi] extras")
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ssmamba_models.engine.encoder.RandomWeightsWarning"),
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.slow,
 ]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    def run(name, *arguments):
-        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        monkeypatch.chdir(tmp_path)
-        module.main()
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.mark.parametrize(
