@@ -1,12 +1,10 @@
 """The examples that measure SGCL, Giga-SSL and PAMA run on synthetic tiles, and go on from what is done."""
 
-
 import pytest
 from PIL import Image
 
 for package in ("h5py", "sklearn", "accelerate"):
     pytest.importorskip(package, reason="pretraining and its evaluation need the [train,eval,wsi] extras")
-
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ssmamba_models.engine.encoder.RandomWeightsWarning"),
