@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -35,7 +36,20 @@ def create_accelerator(device: str | None) -> Accelerator:
     if place.type == "cuda" and place.index is not None:
         torch.cuda.set_device(place)
     # Autocast is ours: accelerate fixes its precision for the life of the process.
-    return Accelerator(cpu=place.type == "cpu", mixed_precision="no")
+    accelerator = Accelerator(cpu=place.type == "cpu", mixed_precision="no")
+    atexit.unregister(_leave_group)
+    atexit.register(_leave_group)
+    return accelerator
+
+
+def _leave_group() -> None:
+    """Join gloo's threads while Python still runs: left to the destructors at exit, a process that has done all its
+    work now and then aborts ("terminate called without an active exception", exit code -6). NCCL's leaving waits for
+    the other processes, which may be waiting themselves, so that one is left to its destructors.
+    """
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_backend() == "gloo":
+        group.destroy_process_group()
 
 
 def _usable(device: str) -> torch.device:
