@@ -28,6 +28,8 @@ from ssmamba_models.evaluation.heatmap import draw_heatmap
 from ssmamba_models.evaluation.mil_report import report_mil
 
 AGGREGATORS = ("mean", "max", "abmil", "clam", "dsmil", "transmil", "mambamil")
+# At 512 channels a step of these takes seconds of a CPU; every other argument is the default.
+NARROW = {"transmil": {"hidden_dim": 128}, "mambamil": {"dim": 128}}
 
 
 def tiles_and_features(arguments) -> tuple[LabelledTiles, np.ndarray, dict]:
@@ -65,6 +67,7 @@ def score(name, folder, arguments):
         features=str(folder),
         labels=str(folder / LABELS),
         aggregator=name,
+        aggregator_args=NARROW.get(name, {}),
         epochs=arguments.epochs,
         lr=arguments.lr,
         batch_size=4,

@@ -217,8 +217,8 @@ class TestSameNumbers:
         run_of(own_tiles, tmp_path / "one", epochs=2)
         settings = [f"--set={name}={json.dumps(value)}" for name, value in {**QUICK, "epochs": 2}.items()]
         done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
-            + [sys.executable, "-c", "from ssmamba_models.cli.main import main; main()", "finetune", "--quiet"]
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            + ["-m", "ssmamba_models", "finetune", "--quiet"]
             + ["--data", str(own_tiles), "--out", str(tmp_path / "two"), *settings],
             capture_output=True,
             text=True,

@@ -180,7 +180,7 @@ def command_of(data, out, *options, **changes):
 
 def launch(data, out, *options, processes, **changes):
     script = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    module = ["--no-python", sys.executable, "-c", "from ssmamba_models.cli.main import main; main()"]
+    module = ["-m", "ssmamba_models"]
     done = subprocess.run(
         [*script, *module, *command_of(data, out, *options, **changes)], capture_output=True, text=True, timeout=240
     )

@@ -131,7 +131,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(placed_tiles, unbroken, tmp_path, mon
 @pytest.mark.slow
 def test_on_two_processes(placed_tiles, unbroken, tmp_path):
     script = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    module = ["--no-python", sys.executable, "-c", "from ssmamba_models.cli.main import main; main()"]
+    module = ["-m", "ssmamba_models"]
     settings = [f"--set={name}={value}" for name, value in QUICK.items()]
     command = ["pretrain", "--data", str(placed_tiles), "--out", str(tmp_path / "two"), "--quiet", *settings]
     done = subprocess.run([*script, *module, *command], capture_output=True, text=True, timeout=240)

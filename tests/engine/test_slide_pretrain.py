@@ -192,8 +192,8 @@ def test_two_processes_give_the_curve_of_one(slides, tmp_path, method):
     run_of(folder, tmp_path / "one", method, epochs=1)
     changes = {**QUICK, **METHODS[method], "epochs": 1}
     settings = [f"--set={name}={json.dumps(value)}" for name, value in changes.items()]
-    script = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
-    code = [sys.executable, "-c", "from ssmamba_models.cli.main import main; main()"]
+    script = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    code = ["-m", "ssmamba_models"]
     command = ["slide-pretrain", "--features", folder, "--out", tmp_path / "two", "--quiet", *settings]
     done = subprocess.run([*script, *code, *map(str, command)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
