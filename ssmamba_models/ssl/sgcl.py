@@ -152,6 +152,28 @@ class SGCL(nn.Module):
         if self.inter and int(self.miner.fitted_epoch) != epoch:
             self.miner.fit(self.bank.rows, epoch)
 
+    @torch.no_grad()
+    def mine(self, index: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """What the spatial loss would set against tiles now, with their rows of the banks as queries.
+
+        Args:
+            index: (B,) int64, tiles.
+
+        Returns:
+            near (in the slide), propagated and hard (negatives): each (B, W) int64, tiles, and (B, W) bool, which of
+            them count. Hard negatives are drawn with replacement.
+
+        Raises:
+            ValueError: `intra` and `inter` are both switched off: there is no spatial loss.
+        """
+        if not (self.intra or self.inter):
+            raise ValueError("SGCL without intra and inter has no spatial loss, and so no positives to show")
+        if self.inter and int(self.miner.fitted_epoch) < 0:
+            self.start_step(self.epoch, self.step)
+        generator = np.random.default_rng([self.seed, 5, self.step])
+        sets = self._mine(self.bank(index), self.features(index), index, generator)
+        return dict(zip(("near", "propagated", "hard"), sets))
+
     def ramp(self, epoch: int) -> float:
         """w, the weight of L_spatial in an epoch, counted from 0."""
         if self.ramp_epochs == 0:
@@ -207,6 +229,23 @@ class SGCL(nn.Module):
     def _spatial_loss(
         self, queries: Tensor, units: Tensor, index: Tensor, generator: np.random.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        (near, near_valid), (alike, alike_valid), (hard, any_hard) = self._mine(queries, units, index, generator)
+        positives, valid = unite(
+            torch.cat([near, alike], dim=1), torch.cat([near_valid & self.intra, alike_valid], dim=1)
+        )
+        losses = self.spatial_loss(
+            row_similarity(queries, self.bank.rows, positives),
+            row_similarity(queries.detach(), self.bank.rows, hard),
+            valid,
+            any_hard,
+        )
+        counts = {"positives": valid.sum(1).float().mean(), "propagated": alike_valid.sum(1).float().mean()}
+        return losses.mean(), counts
+
+    def _mine(
+        self, queries: Tensor, units: Tensor, index: Tensor, generator: np.random.Generator
+    ) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Neighbours, propagated positives and hard negatives of tiles, each (B, W), and which count."""
         near, near_valid = self.neighbors.query(index)
         alike, alike_valid = self._propagate(queries.detach(), index, near, near_valid)
         # What lies near is no negative, whether it is a positive or not.
@@ -215,17 +254,7 @@ class SGCL(nn.Module):
             torch.cat([torch.ones_like(index[:, None], dtype=torch.bool), near_valid, alike_valid], dim=1),
         )
         hard, any_hard = self.sampler.sample(units, self.features.rows, known, known_valid, generator)
-        positives, valid = unite(
-            torch.cat([near, alike], dim=1), torch.cat([near_valid & self.intra, alike_valid], dim=1)
-        )
-        losses = self.spatial_loss(
-            row_similarity(queries, self.bank.rows, positives),
-            row_similarity(queries.detach(), self.bank.rows, hard),
-            valid,
-            any_hard.expand_as(hard),
-        )
-        counts = {"positives": valid.sum(1).float().mean(), "propagated": alike_valid.sum(1).float().mean()}
-        return losses.mean(), counts
+        return (near, near_valid), (alike, alike_valid), (hard, any_hard.expand_as(hard))
 
     def _propagate(self, queries: Tensor, index: Tensor, near: Tensor, near_valid: Tensor) -> tuple[Tensor, Tensor]:
         """The propagated positives of tiles and of their most similar neighbours: (B, W) tiles, and which count."""

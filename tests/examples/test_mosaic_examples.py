@@ -1,5 +1,7 @@
 """The examples that measure SGCL, Giga-SSL and PAMA run on synthetic tiles, and go on from what is done."""
 
+import csv
+
 import pytest
 from PIL import Image
 
@@ -16,7 +18,7 @@ pytestmark = [
 @pytest.mark.parametrize(
     ("name", "table", "rows"),
     [
-        ("sgcl_ablation", "ablation.md", ["sgcl", "self", "random"]),
+        ("sgcl_ablation", "report.md", ["sgcl", "self", "random"]),
         ("slide_ssl_on_mosaics", "slide_ssl.md", ["mean_pool", "random gigassl", "gigassl", "random pama", "pama"]),
     ],
 )
@@ -29,6 +31,35 @@ def test_measured_on_mosaics(run, tmp_path, name, table, rows):
     again = run(name, "--quick", "--out", tmp_path / "o")
     assert "done" not in again
     assert (tmp_path / "o" / table).read_text() == written
+
+
+def test_sgcl_beside_and_on_a_real_slide(run, tmp_path, data_root):
+    slide = ["--slide", data_root / "slides" / "cmu-1-small-region.svs", "--slide-tile", 224]
+    out = run("sgcl_ablation", "--quick", *slide, "--out", tmp_path / "o")
+    with open(tmp_path / "o" / "tiles.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    cut = [row for row in rows if row["path"].startswith("cut/")]
+    assert {(row["label"], row["slide"]) for row in cut} == {("unlabelled", "cmu-1-small-region")}
+    ends = {split: [int(row["y"]) for row in cut if row["split"] == split] for split in ("train", "val")}
+    assert max(ends["train"]) < min(ends["val"])  # one end of the slide is held out
+    assert "recall@8 of the tiles around" in out
+    assert "| chance | 0." in out
+    assert f"log({sum(row['split'] == 'train' for row in rows)})" in out
+    alone = run("sgcl_ablation", "--quick", *slide, "--slide-alone", "--out", tmp_path / "alone")
+    assert f"log({len(ends['train'])})" in alone
+
+
+def test_a_slide_alone_must_be_given(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("sgcl_ablation", "--quick", "--slide-alone", "--out", tmp_path / "o")
+    assert "--slide-alone needs --slide" in capsys.readouterr().err
+
+
+def test_sgcl_positives(run, tmp_path):
+    out = run("sgcl_positives", "--out", tmp_path / "p.jpg", "--anchors", 2, "--shown", 3, "--side", 20)
+    assert all(f"{kind}: " in out for kind in ("spatial positives", "propagated positives", "hard negatives"))
+    assert "same tissue, of any two tiles: " in out
+    assert Image.open(tmp_path / "p.jpg").size == (20 + 10 + 3 * 60 + 2 * 10, 16 + 2 * 20 + 10)
 
 
 def test_pama_attention(run, tmp_path):
