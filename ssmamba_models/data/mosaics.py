@@ -26,11 +26,12 @@ class MosaicKind:
     Attributes:
         shares: class of tile -> share of the cells, a number or (least, most) to draw from. One class may stand for
             the rest, with None.
-        arrangement: "scattered", or "regions": each class in a few connected areas.
+        arrangement: "scattered"; "regions": each class in a few connected areas; or "compact": around a random point,
+            the classes in the order of `shares`, the first innermost, and the rest outermost.
     """
 
     shares: Mapping[str, float | tuple[float, float] | None]
-    arrangement: Literal["scattered", "regions"] = "scattered"
+    arrangement: Literal["scattered", "regions", "compact"] = "scattered"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Mosaic:
 
     Attributes:
         name: of the slide.
-        patient: whose it is; all of a patient's mosaics have one label.
+        patient: whose it is.
         label: the name of its kind.
         tiles: (H, W) int64, for each cell the index of its tile in the `LabelledTiles` it was assembled from.
     """
@@ -63,6 +64,8 @@ def assemble_mosaics(
     patients: int,
     slides_per_patient: int = 2,
     shape: tuple[int, int] = (12, 12),
+    every_label: bool = False,
+    tiles_per_class: int | None = None,
     seed: int = 0,
 ) -> list[Mosaic]:
     """Assemble mosaics from labelled tiles.
@@ -73,27 +76,35 @@ def assemble_mosaics(
         patients: number of patients, spread evenly over the labels.
         slides_per_patient: mosaics of each.
         shape: (H, W), tiles of a mosaic.
+        every_label: each patient's mosaics have the labels in turn, so that who the patient is tells nothing of the
+            label; otherwise all of a patient's have one.
+        tiles_per_class: most tiles of a class that a patient's mosaics are made of; None sets no limit.
         seed: the same seed gives the same mosaics.
 
     Returns:
         patients * slides_per_patient mosaics, patient by patient.
 
     Raises:
-        ValueError: a class has no tiles, fewer groups than patients, or shares that do not make a whole.
+        ValueError: a class has no tiles, fewer groups than patients, shares that do not make a whole, or
+            tiles_per_class below 1.
 
     Example:
         >>> tumour = MosaicKind({"lung_n": None, "lung_aca": (0.05, 0.1)})
         >>> kinds = {"benign": MosaicKind({"lung_n": None}), "tumour": tumour}
         >>> mosaics = assemble_mosaics(read_tiles("lc25000"), kinds, patients=40)
     """
+    if tiles_per_class is not None and tiles_per_class < 1:
+        raise ValueError(f"tiles_per_class is {tiles_per_class}, expected 1 or more, or None")
     rng = np.random.default_rng(seed)
     names = list(kinds)
     classes = sorted({name for kind in kinds.values() for name in kind.shares})
     pools = {name: _pools(tiles, name, patients, rng) for name in classes}
+    if tiles_per_class is not None:
+        pools = {name: [rng.permutation(pool)[:tiles_per_class] for pool in each] for name, each in pools.items()}
     mosaics = []
     for patient in range(patients):
-        label = names[patient % len(names)]
         for number in range(slides_per_patient):
+            label = names[(patient + number if every_label else patient) % len(names)]
             layout = draw_layout(kinds[label], shape, rng)
             chosen = np.empty(shape, np.int64)
             for name in np.unique(layout):
@@ -106,7 +117,7 @@ def assemble_mosaics(
 def draw_layout(kind: MosaicKind, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Draw which class each cell of a mosaic is of.
 
-    Both arrangements give every class the same number of cells: they differ in where these lie, and in nothing else.
+    All arrangements give every class the same number of cells: they differ in where these lie, and in nothing else.
 
     Args:
         kind: shares and arrangement.
@@ -123,11 +134,12 @@ def draw_layout(kind: MosaicKind, shape: tuple[int, int], rng: np.random.Generat
     names = np.repeat(list(counts), list(counts.values()))
     if kind.arrangement == "scattered":
         return rng.permutation(names).reshape(shape)
-    if kind.arrangement != "regions":
-        raise ValueError(f"the arrangement is {kind.arrangement!r}, expected 'scattered' or 'regions'")
+    landscapes = {"regions": _landscape, "compact": _funnel}
+    if kind.arrangement not in landscapes:
+        raise ValueError(f"the arrangement is {kind.arrangement!r}, expected 'scattered', 'regions' or 'compact'")
     # The cells in the order of their height in a smooth landscape: each class takes a band of it.
     layout = np.empty(shape[0] * shape[1], dtype=names.dtype)
-    layout[np.argsort(_landscape(shape, rng), axis=None, kind="stable")] = names
+    layout[np.argsort(landscapes[kind.arrangement](shape, rng), axis=None, kind="stable")] = names
     return layout.reshape(shape)
 
 
@@ -138,7 +150,16 @@ def _landscape(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     return np.fft.irfft2(np.fft.rfft2(rng.standard_normal(shape)) * blur, s=shape)
 
 
-def _counts(shares: Mapping[str, float | tuple[float, float] | None], cells: int, rng: np.random.Generator):
+def _funnel(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """The distance (H, W) from a random point, a little uneven, so that no outline is a circle."""
+    y, x = rng.uniform(0, shape)
+    distance = np.hypot(np.arange(shape[0])[:, None] + 0.5 - y, np.arange(shape[1]) + 0.5 - x)
+    return distance + rng.normal(0, 0.3, shape)
+
+
+def _counts(
+    shares: Mapping[str, float | tuple[float, float] | None], cells: int, rng: np.random.Generator
+) -> dict[str, int]:
     rest = [name for name, share in shares.items() if share is None]
     if len(rest) > 1:
         raise ValueError(f"the shares of {' and '.join(rest)} are None; only one class can stand for the rest")

@@ -60,9 +60,9 @@ def test_seed_decides_all(tiles):
     st.integers(1, 20),
     st.floats(0, 1),
     st.floats(0, 1),
-    st.sampled_from(["scattered", "regions"]),
+    st.sampled_from(["scattered", "regions", "compact"]),
 )
-def test_counts_follow_the_shares_in_both_arrangements(height, width, first, second, arrangement):
+def test_counts_follow_the_shares_in_each_arrangement(height, width, first, second, arrangement):
     shares = {"x": first, "y": (1 - first) * second, "z": None}
     layout = draw_layout(MosaicKind(shares, arrangement), (height, width), np.random.default_rng(0))
     assert layout.shape == (height, width)
@@ -80,6 +80,31 @@ def test_regions_hang_together():
     assert borders("regions") < borders("scattered") / 3
 
 
+def test_a_compact_class_lies_around_a_point():
+    kind = MosaicKind({"x": 0.2, "y": None}, "compact")
+    for seed in range(10):
+        layout = draw_layout(kind, (20, 20), np.random.default_rng(seed))
+        inside, outside = np.argwhere(layout == "x"), np.argwhere(layout == "y")
+        centre = inside.mean(0)
+        assert np.abs(inside - centre).max() <= 16
+        # About the mean of its cells there is nothing else.
+        near = np.linalg.norm(outside - centre, axis=1).min()
+        assert near > 3
+
+
+def test_every_patient_has_every_label_of_few_tiles(tiles):
+    mosaics = assemble_mosaics(
+        tiles, KINDS, patients=4, slides_per_patient=4, shape=(10, 12), every_label=True, tiles_per_class=5
+    )
+    for patient in {mosaic.patient for mosaic in mosaics}:
+        own = [mosaic for mosaic in mosaics if mosaic.patient == patient]
+        assert sorted(mosaic.label for mosaic in own) == ["negative"] * 2 + ["positive"] * 2
+        used = np.unique(np.concatenate([mosaic.tiles.reshape(-1) for mosaic in own]))
+        assert sorted(tiles.labels[index] for index in used) == ["a"] * 5 + ["b"] * 5
+    with pytest.raises(ValueError, match="tiles_per_class is 0"):
+        assemble_mosaics(tiles, KINDS, patients=4, tiles_per_class=0)
+
+
 @pytest.mark.parametrize(
     ("kinds", "patients", "message"),
     [
@@ -88,7 +113,7 @@ def test_regions_hang_together():
         ({"x": MosaicKind({"a": None, "b": None})}, 2, "only one class"),
         ({"x": MosaicKind({"c": None})}, 2, "no tile .* of class 'c'; there is: a, b"),
         ({"x": MosaicKind({"a": None})}, 13, "12 groups, fewer than the 13 patients"),
-        ({"x": MosaicKind({"a": None}, "rings")}, 2, "'rings', expected 'scattered' or 'regions'"),
+        ({"x": MosaicKind({"a": None}, "rings")}, 2, "'rings', expected 'scattered', 'regions' or 'compact'"),
     ],
 )
 def test_what_cannot_be(tiles, kinds, patients, message):
