@@ -12,12 +12,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from ssmamba_models.data.csv_rows import Row, read_csv_rows
+from ssmamba_models.data.csv_rows import Row, column_places, read_csv_rows
 from ssmamba_models.data.labelled import MANIFEST, LabelledTiles, manifest_column, read_manifest, tile_path
 
 COLUMNS = ("path", "slide", "x", "y")
 # Places in a grid differ by less somewhere in some slide; pixel coordinates never do.
 _LEAST_PIXEL_STEP = 16
+# Tiles that were cut in a grid have others nearer than this, in tiles; in pixels none does, grid or not.
+_NEAR = 8
 _LARGEST = 2**31
 
 
@@ -82,7 +84,7 @@ def read_spatial_tiles(source: str | os.PathLike) -> SpatialTiles:
     """
     manifest = _find_manifest(Path(source))
     header, rows = read_csv_rows(manifest, "tile")
-    names = {name.strip().lower(): place for place, name in enumerate(header)}
+    names = column_places(manifest, header, COLUMNS)
     missing = [name for name in COLUMNS if name not in names]
     if missing:
         raise ValueError(
@@ -142,7 +144,7 @@ def _check_places(manifest: Path, rows: list[Row], slides: tuple[str, ...], x: n
 
 
 def _check_grid_units(manifest: Path, slides: tuple[str, ...], x: np.ndarray, y: np.ndarray) -> None:
-    """Refuse coordinates of which all differences within every slide are multiples of a large step."""
+    """Refuse coordinates of which all differences within every slide are multiples of a large step, or all large."""
     _, slide = np.unique(np.asarray(slides), return_inverse=True)
     order = np.argsort(slide, kind="stable")
     steps = []
@@ -150,11 +152,29 @@ def _check_grid_units(manifest: Path, slides: tuple[str, ...], x: np.ndarray, y:
         across, down = (int(np.gcd.reduce(axis[members] - axis[members[0]])) for axis in (x, y))
         if across or down:
             steps.append((across, down))
-    if not steps or any(0 < step < _LEAST_PIXEL_STEP for pair in steps for step in pair):
+    if not steps:
+        return
+    if any(0 < step < _LEAST_PIXEL_STEP for pair in steps for step in pair):
+        _check_near(manifest, slide, x, y)
         return
     across, down = (int(np.gcd.reduce([pair[axis] for pair in steps])) for axis in (0, 1))
     step = next((str(a) for a, b in ((across, down), (down, across)) if b in (0, a)), f"{across} in x and {down} in y")
     raise ValueError(
         f"the coordinates in {str(manifest)!r} look like pixels: within every slide they differ by multiples of "
         f"{step}; expected grid units, in which neighbours differ by 1: divide x and y by the step between tiles"
+    )
+
+
+def _check_near(manifest: Path, slide: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
+    """Refuse coordinates of which no two in any slide are near each other: pixels without a common step."""
+    # Squares twice as wide, four times, each half a width further: what is nearer than half a width shares one of them.
+    for right in (0, _NEAR):
+        for below in (0, _NEAR):
+            squares = np.stack([slide, (x + right) // (2 * _NEAR), (y + below) // (2 * _NEAR)], axis=1)
+            if len(np.unique(squares, axis=0)) < len(squares):
+                return
+    raise ValueError(
+        f"the coordinates in {str(manifest)!r} look like pixels: in no slide do two tiles lie within {_NEAR} units of "
+        "each other; expected grid units, in which neighbours differ by 1: divide x and y by the step between tiles, "
+        "and round"
     )

@@ -90,6 +90,17 @@ def test_pixels_are_recognised(write, rows, step):
         read_spatial_tiles(write(rows))
 
 
+def test_pixels_without_a_common_step_are_recognised(write):
+    with pytest.raises(ValueError, match="look like pixels: in no slide do two tiles lie within 8 units of each other"):
+        read_spatial_tiles(write(["a,0,0", "a,225,7", "a,451,3", "b,11,12", "b,11,240", "lone,12,12"]))
+
+
+@pytest.mark.parametrize("offset", range(0, 16, 5))
+def test_one_pair_of_near_tiles_is_enough(write, offset):
+    rows = [f"a,{offset},{offset}", f"a,{offset + 7},{offset + 7}", "a,501,33", "b,11,12", "b,300,241"]
+    assert len(read_spatial_tiles(write(rows))) == 5
+
+
 @pytest.mark.parametrize(
     "rows",
     [
