@@ -3,7 +3,7 @@
 Loading needs nothing from here: `create_model("hf-hub:ORG/NAME", pretrained=True)`, of timm or of this package.
 """
 
-from ssmamba_models.hub.card import CardInfo
+from ssmamba_models.hub.card_page import CardInfo
 from ssmamba_models.hub.publish import Published, publish
 
 __all__ = ["CardInfo", "Published", "publish"]

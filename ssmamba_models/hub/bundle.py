@@ -18,7 +18,8 @@ from torch import nn
 from ssmamba_models._version import __version__
 from ssmamba_models.engine.weight_facts import weight_facts
 from ssmamba_models.engine.weights import classifier_width, find_weights, fit_weights, read_weights
-from ssmamba_models.hub.card import CardFacts, CardInfo, make_card
+from ssmamba_models.hub.card import CardFacts, make_card
+from ssmamba_models.hub.card_page import CardInfo
 from ssmamba_models.hub.run_record import read_run
 from ssmamba_models.models.published import CONFIG, DOMAIN, WEIGHTS, file_sha256
 from ssmamba_models.models.ssmamba import SSMamba

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssmamba_models.hub.bundle import FILES, load_trained, write_bundle
-from ssmamba_models.hub.card import CardInfo
+from ssmamba_models.hub.card_page import CardInfo
 from ssmamba_models.hub.slide_bundle import holds_slide_encoder, write_slide_bundle
 from ssmamba_models.hub.upload import check_repo_id, upload
 

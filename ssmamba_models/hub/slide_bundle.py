@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ssmamba_models.hub.card import CardInfo
+from ssmamba_models.hub.card_page import CardInfo
 from ssmamba_models.hub.run_record import read_run
 from ssmamba_models.hub.slide_card import SlideCardFacts, make_slide_card
 from ssmamba_models.models.published import CONFIG, DOMAIN, WEIGHTS

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssmamba_models.hub.card import LIMITS, UNKNOWN, CardInfo, card_table, duration, hyper_parameters, last_epoch
+from ssmamba_models.hub.card_page import CardInfo, CardParts, Rows, card_page, weights_row
 from ssmamba_models.hub.run_record import RunRecord
 
 _METHODS = {
@@ -40,36 +40,25 @@ class SlideCardFacts:
 
 def make_slide_card(facts: SlideCardFacts, info: CardInfo) -> str:
     """The README.md of a repository: YAML front matter and Markdown."""
-    sections = [
-        _front_matter(info),
-        f"# {facts.repo_id.split('/')[1]}",
-        info.description or _describe(facts),
-        *([_OURS] if facts.metadata.get("method") in _METHODS else []),
-        "## Use",
-        _use(facts),
-        "## Training",
-        card_table(_training_rows(facts, info)),
-        "## Model",
-        card_table(_model_rows(facts, info)),
-        "## Results",
-        info.results or last_epoch(facts.run) or "None were stated.",
-        "## Limits",
-        f"{info.limits}\n\n{LIMITS}" if info.limits else LIMITS,
-        *hyper_parameters(facts.run),
-    ]
-    return "\n\n".join(section.strip() for section in sections) + "\n"
-
-
-def _front_matter(info: CardInfo) -> str:
-    from huggingface_hub import ModelCardData
-
-    data = ModelCardData(
-        license=info.license or UNKNOWN,  # a name that the Hub knows
-        library_name="ssmamba-models",
-        pipeline_tag="feature-extraction",
+    method = facts.metadata.get("method")
+    parts = CardParts(
+        repo_id=facts.repo_id,
+        library="ssmamba-models",
+        pipeline="feature-extraction",
         tags=["ssmamba-models", "pathology", "histology", "whole-slide-image"],
+        description=_describe(facts),
+        origin=_OURS if method in _METHODS else "",
+        use=_use(facts),
+        method=_METHODS.get(method, method),
+        seen="slides",
+        data=[
+            ("slides", facts.metadata.get("slides")),
+            ("slides with shared augmentation", facts.metadata.get("slides_with_shared_augmentation")),
+            ("SHA-256 of the data's list of slides", facts.metadata.get("data")),
+        ],
+        model=_model_rows(facts, info),
     )
-    return f"---\n{data.to_yaml()}\n---"
+    return card_page(parts, info, facts.run, facts.metadata)
 
 
 def _describe(facts: SlideCardFacts) -> str:
@@ -94,25 +83,7 @@ ssmamba slide-embed --run {place} --features FOLDER --out slides.h5
 ```"""
 
 
-def _training_rows(facts: SlideCardFacts, info: CardInfo) -> list[tuple[str, Any]]:
-    method = facts.metadata.get("method")
-    return [
-        ("training data", info.training_data),
-        ("licence of the data", info.data_license),
-        ("slides", facts.metadata.get("slides")),
-        ("slides with shared augmentation", facts.metadata.get("slides_with_shared_augmentation")),
-        ("SHA-256 of the data's list of slides", facts.metadata.get("data")),
-        ("method", _METHODS.get(method, method)),
-        ("epochs", facts.metadata.get("epochs")),
-        ("steps", facts.metadata.get("step")),
-        ("slides looked at, repetitions counted", None if facts.run.images is None else f"{facts.run.images:,}"),
-        ("time", None if facts.run.seconds is None else duration(facts.run.seconds)),
-        ("hardware", info.hardware),
-        ("ssmamba_models version", facts.metadata.get("ssmamba_models_version")),
-    ]
-
-
-def _model_rows(facts: SlideCardFacts, info: CardInfo) -> list[tuple[str, Any]]:
+def _model_rows(facts: SlideCardFacts, info: CardInfo) -> Rows:
     tiles = facts.metadata.get("provenance") or {}
     mpp = info.target_mpp or tiles.get("target_mpp")
     return [
@@ -123,6 +94,5 @@ def _model_rows(facts: SlideCardFacts, info: CardInfo) -> list[tuple[str, Any]]:
         ("SHA-256 of the tile encoder's weights", tiles.get("weights_sha256")),
         ("tiles", f"{tiles['patch_size']} px" if tiles.get("patch_size") else None),
         ("magnification", None if mpp is None else f"{mpp:g} microns per pixel"),
-        ("weights", f"`model.safetensors`, {facts.dtype}, SHA-256 `{facts.sha256}`"),
-        ("licence of the weights", info.license),
+        weights_row(facts.dtype, facts.sha256),
     ]
