@@ -3,6 +3,8 @@
 Importing this package registers its models with timm: ``timm.create_model("ssmamba_small")`` works from then on.
 """
 
+from typing import Any
+
 from ssmamba_models._version import __version__
 
 try:
@@ -12,7 +14,7 @@ except (ImportError, OSError, RuntimeError, AttributeError) as error:
     # `ssmamba doctor` must start where torch, torchvision or timm does not: it is there to say why.
     _why = error
 
-    def __getattr__(name: str):
+    def __getattr__(name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         raise ImportError(

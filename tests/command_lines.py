@@ -82,10 +82,9 @@ def _check_ssmamba(words: list[str], complete: bool) -> None:
         return
     try:
         command.make_context(f"ssmamba {path}", rest)
-    except click.MissingParameter as error:
-        assert not complete, f"`ssmamba {' '.join(words)}`: {error.format_message()}"
     except click.ClickException as error:
-        raise AssertionError(f"`ssmamba {' '.join(words)}`: {error.format_message()}") from error
+        if complete or not isinstance(error, click.MissingParameter):
+            raise AssertionError(f"`ssmamba {' '.join(words)}`: {error.format_message()}") from error
 
 
 def _check_pip(words: list[str], complete: bool) -> None:

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -131,7 +132,7 @@ def _measure(
     return rows, before
 
 
-def _row(timing, alone: float, peak: list[float]) -> dict:
+def _row(timing: Any, alone: float, peak: list[float]) -> dict:
     return {
         "tiles": timing.tiles,
         "tiles_per_s": timing.tiles_per_second,

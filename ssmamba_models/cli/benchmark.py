@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -159,7 +160,7 @@ def models(
 @click.option("--wait-steps", type=click.IntRange(1), default=10, show_default=True, help="Steps that read their data.")
 @click.option("--budget", default=120.0, show_default=True, help="Seconds before rounds are cut.")
 @_common_options
-def train(json_path: Path | None, budget: float, **options) -> None:
+def train(json_path: Path | None, budget: float, **options: Any) -> None:
     """A step of MAMIM against one of a masked autoencoder, and how much of its time a training waits for data."""
     _run(run_train, TrainPlan(**options, budget_s=budget), format_train, json_path)
 
@@ -174,7 +175,7 @@ def train(json_path: Path | None, budget: float, **options) -> None:
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Runs.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all results here.")
-def extract(json_path: Path | None, **options) -> None:
+def extract(json_path: Path | None, **options: Any) -> None:
     """Extraction of a slide from end to end against the model alone; --tiles 100000 shows that memory is bounded."""
     _run(run_extract, ExtractBenchmark(**options), format_extract, json_path)
 
@@ -190,7 +191,7 @@ def extract(json_path: Path | None, **options) -> None:
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Samples each.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all results here.")
-def sgcl(json_path: Path | None, budget: float, **options) -> None:
+def sgcl(json_path: Path | None, budget: float, **options: Any) -> None:
     """What SGCL costs besides the encoder: neighbours, clusters, nearest entries, hard negatives; and for 1 M tiles."""
     _run(run_sgcl, SgclBenchmark(**options, budget_s=budget), format_sgcl, json_path)
 

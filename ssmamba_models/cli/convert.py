@@ -25,7 +25,9 @@ from ssmamba_models.data.slide_table import read_slide_table
 @click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
 @click.option("--quiet", is_flag=True, help="No closing line.")
 @click.pass_context
-def command(ctx: click.Context, source: str, mpp_csv: str | None, coords: str | None, quiet: bool, **options: Any):
+def command(
+    ctx: click.Context, source: str, mpp_csv: str | None, coords: str | None, quiet: bool, **options: Any
+) -> None:
     """Convert slide feature files: SRC is one file, or a folder of them.
 
     Nothing is lost: what the other layout has no field for is stored beside it, and the way back gives the same

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ssmamba_models.cli.warn import plain_warnings
@@ -27,7 +29,7 @@ from ssmamba_models.engine.embed import EmbedSummary, embed_folder
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no closing line.")
 @click.pass_context
-def command(ctx: click.Context, quiet: bool, **options) -> None:
+def command(ctx: click.Context, quiet: bool, **options: Any) -> None:
     """Turn the tiles in FOLDER (nested or flat) into one HDF5 file of features.
 
     The file holds features (N, D) float32, paths, labels (where every tile lies in a class folder) and, as

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ssmamba_models.evaluation.embedding import Embedding
@@ -50,7 +52,18 @@ from ssmamba_models.evaluation.tasks import parse_task
 @click.option("--quiet", is_flag=True, help="No progress bars and no closing table.")
 @click.pass_context
 def command(
-    ctx: click.Context, data, models, init, out, tasks, folds, seeds, magnification, overwrite, quiet, **embedding
+    ctx: click.Context,
+    data: str,
+    models: tuple[str, ...],
+    init: str,
+    out: str,
+    tasks: tuple[str, ...],
+    folds: int,
+    seeds: int,
+    magnification: bool,
+    overwrite: bool,
+    quiet: bool,
+    **embedding: Any,
 ) -> None:
     """Score encoders on labelled tiles: linear probe, kNN, prototypes and few shots, with intervals.
 

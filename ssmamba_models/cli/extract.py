@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from typing import Any
 
 import click
 
@@ -45,7 +46,7 @@ from ssmamba_models.wsi.status import FAILED
 @job_options
 @click.pass_context
 def command(
-    ctx: click.Context, slides: tuple[str, ...], out: str, dry: bool, shard: str | None, quiet: bool, **options
+    ctx: click.Context, slides: tuple[str, ...], out: str, dry: bool, shard: str | None, quiet: bool, **options: Any
 ) -> None:
     """Turn SLIDES (files, or folders of slides) into feature files in a job folder.
 

@@ -37,7 +37,15 @@ from ssmamba_models.engine.finetune_config import FinetuneConfig
 @click.option("--img-size", type=int, help="Side of the input in pixels. Default: 224.")
 @run_options
 @click.pass_context
-def command(ctx: click.Context, out: str, config_file: str | None, settings, resume: bool, quiet: bool, **options: Any):
+def command(
+    ctx: click.Context,
+    out: str,
+    config_file: str | None,
+    settings: tuple[str, ...],
+    resume: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Train a classifier on labelled tiles, and validate it on groups that it never saw.
 
     Labels come from class folders (DATA/tumour/a.png), also below DATA/train and DATA/val, or from DATA/manifest.csv

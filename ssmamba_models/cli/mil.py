@@ -45,7 +45,14 @@ def command() -> None:
 @click.option("--no-plots", is_flag=True, help="Draw no ROC curves and no confusion matrix.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no closing lines.")
 def train(
-    out: str, config_file: str | None, settings, resume: bool, draws: int, no_plots: bool, quiet: bool, **options: Any
+    out: str,
+    config_file: str | None,
+    settings: tuple[str, ...],
+    resume: bool,
+    draws: int,
+    no_plots: bool,
+    quiet: bool,
+    **options: Any,
 ) -> None:
     """Train an aggregator by patient-grouped cross-validation, and report how good it is.
 

@@ -26,7 +26,15 @@ from ssmamba_models.engine.pretrain import PretrainConfig, pretrain
 @click.option("--img-size", type=int, help="Side of the input in pixels. Default: 224.")
 @run_options
 @click.pass_context
-def command(ctx: click.Context, out: str, config_file: str | None, settings, resume: bool, quiet: bool, **options):
+def command(
+    ctx: click.Context,
+    out: str,
+    config_file: str | None,
+    settings: tuple[str, ...],
+    resume: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Pretrain an encoder on your tiles, without labels.
 
     mamim learns an ssmamba model by filling in hidden parts of tiles. sgcl learns any timm model by telling tiles

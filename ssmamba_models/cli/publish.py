@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ssmamba_models.engine.config import load_config, parse_setting
@@ -19,7 +21,7 @@ from ssmamba_models.hub import CardInfo, publish
 @click.option("--private", is_flag=True, help="Only for members of ORG.")
 @click.option("--revision", metavar="BRANCH", help="Default: main.")
 @click.option("--token", help="Default: HF_TOKEN, or that of `hf auth login`.")
-def command(source: str, repo_id: str, card_info: str | None, settings: tuple[str, ...], **options) -> None:
+def command(source: str, repo_id: str, card_info: str | None, settings: tuple[str, ...], **options: Any) -> None:
     """Publish the weights of a run of `ssmamba pretrain`, `finetune` or `slide-pretrain`, or of a weight file.
 
     Uploads model.safetensors, config.json and a model card (README.md) in one commit; then

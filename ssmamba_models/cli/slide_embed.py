@@ -35,7 +35,16 @@ class _Tiles(click.ParamType):
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no closing line.")
 @click.pass_context
-def command(ctx: click.Context, run: str, features: str, out: str, views, tiles, quiet: bool, **options: Any) -> None:
+def command(
+    ctx: click.Context,
+    run: str,
+    features: str,
+    out: str,
+    views: int | None,
+    tiles: int | str | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Turn feature files into one HDF5 file of slide vectors.
 
     The file holds embeddings (S, E) float32, slides (names), and beside them baselines/mean_pool (the mean of a

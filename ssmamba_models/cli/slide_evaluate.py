@@ -33,7 +33,19 @@ from ssmamba_models.evaluation.slide_scoring import SlideSettings
 @click.option("--overwrite", is_flag=True, help="Replace an existing report.")
 @click.option("--quiet", is_flag=True, help="No closing lines.")
 def command(
-    named, labels, out, ids, features, budgets, repeats, folds, draws, skip_missing, no_plots, overwrite, quiet
+    named: tuple[str, ...],
+    labels: str,
+    out: str,
+    ids: str | None,
+    features: str | None,
+    budgets: str,
+    repeats: int,
+    folds: int,
+    draws: int,
+    skip_missing: bool,
+    no_plots: bool,
+    overwrite: bool,
+    quiet: bool,
 ) -> None:
     """Score slide vectors on labelled slides, from few labels and from many.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ssmamba_models.cli.runs import configured, exit_code, read_config, report_end, run_options
@@ -22,7 +24,15 @@ from ssmamba_models.engine.slide_pretrain import SlidePretrainConfig, pretrain_s
 @click.option("--max-tiles", type=int, help="Tiles of a slide that a step may read. Default: 20000.")
 @run_options
 @click.pass_context
-def command(ctx: click.Context, out: str, config_file: str | None, settings, resume: bool, quiet: bool, **options):
+def command(
+    ctx: click.Context,
+    out: str,
+    config_file: str | None,
+    settings: tuple[str, ...],
+    resume: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Pretrain a slide encoder on feature files, without labels: Giga-SSL or PAMA.
 
     Feature files come from `ssmamba extract` (for Giga-SSL best with --shared-aug) or `ssmamba convert`: one per slide,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import click
 
@@ -24,7 +25,7 @@ from ssmamba_models.wsi.tile_slides import TilePlan, TileResult, count_slide_til
 @job_options
 @click.pass_context
 def command(
-    ctx: click.Context, slides: tuple[str, ...], out: str, dry: bool, shard: str | None, quiet: bool, **options
+    ctx: click.Context, slides: tuple[str, ...], out: str, dry: bool, shard: str | None, quiet: bool, **options: Any
 ) -> None:
     """Cut tiles from SLIDES (files, or folders of slides), and list them with their places.
 

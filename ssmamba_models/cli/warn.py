@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import click
 
@@ -18,7 +19,7 @@ def plain_warnings() -> Iterator[None]:
         warnings.simplefilter("always", RandomWeightsWarning)
         default = warnings.showwarning
 
-        def show(message, category, *rest, **more):
+        def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
             if issubclass(category, RandomWeightsWarning):
                 click.echo(f"Warning: {message}", err=True)
             else:

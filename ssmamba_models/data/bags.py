@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ssmamba_models.data.features import SlideFeatureFile, open_slide_features
+from ssmamba_models.data.hdf5 import damage_named
 from ssmamba_models.data.provenance import same_provenance
 from ssmamba_models.data.slide_labels import check_slide_labels, match_slides, read_slide_labels, some_names
 
@@ -83,16 +84,11 @@ class Bag:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[SlideFeatureFile]:
-        with open_slide_features(self.path) as file:
-            try:
-                yield file
-            except (RuntimeError, OSError) as error:  # what HDF5 raises; it does not name the file
-                raise ValueError(
-                    f"{str(self.path)!r} is damaged ({error}); extract (or convert) the slide again"
-                ) from error
+        with open_slide_features(self.path) as file, damage_named(self.path, "extract (or convert) the slide again"):
+            yield file
 
 
-def _some_rows(features, places: np.ndarray) -> np.ndarray:
+def _some_rows(features: Any, places: np.ndarray) -> np.ndarray:
     # HDF5 picks scattered rows one by one; whole blocks are read faster, and only the wanted rows kept.
     blocks = [
         features[start : start + _READ_ROWS][
@@ -138,7 +134,7 @@ class Bags:
         return np.array([classes.index(bag.label) for bag in self.bags], dtype=np.int64)
 
     @property
-    def patients(self) -> tuple[str, ...]:
+    def patients(self) -> tuple[str | None, ...]:
         """Whose slide each is."""
         return tuple(bag.patient for bag in self.bags)
 
@@ -158,7 +154,7 @@ def open_bag(path: str | os.PathLike) -> tuple[Bag, dict[str, Any]]:
         attributes = {key: file.attributes.get(key) for key in _PROVENANCE}
         geometry = {key: file.coords_attributes[key] for key in _GEOMETRY}
         provenance = {"feature_dim": file.embed_dim, **_plain(attributes), **geometry}
-        facts = {"patch_size_level0": file.patch_size_level0, "shared_bags": len(file.bags or ())}
+        facts: dict[str, Any] = {"patch_size_level0": file.patch_size_level0, "shared_bags": len(file.bags or ())}
         return Bag(Path(path).stem, Path(path), len(file), **facts), provenance
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from ssmamba_models.data.hdf5 import require_h5py
 
@@ -25,7 +26,7 @@ class CarefulFile(io.FileIO):
         super().__init__(path, "x+")
         self.error: OSError | None = None
 
-    def write(self, data) -> int:
+    def write(self, data: Any) -> int:
         data = memoryview(data).cast("B")
         done = 0
         # The system may write a part at a time: up to the limit, say, before it fails.
@@ -37,7 +38,7 @@ class CarefulFile(io.FileIO):
         self._try(super().truncate, size)
         return self.tell() if size is None else size
 
-    def _try(self, act, argument) -> int:
+    def _try(self, act: Callable[[Any], int], argument: Any) -> int:
         try:
             return act(argument) if self.error is None else 0
         except OSError as error:
@@ -51,7 +52,7 @@ class CarefulFile(io.FileIO):
 
 
 @contextlib.contextmanager
-def create_hdf5(path: str | os.PathLike) -> Iterator[tuple[object, CarefulFile]]:
+def create_hdf5(path: str | os.PathLike) -> Iterator[tuple[Any, CarefulFile]]:
     """Create an HDF5 file.
 
     Args:

@@ -8,7 +8,6 @@ CLAM's feature files as such say nothing of the geometry: it stands on the `coor
 from __future__ import annotations
 
 import contextlib
-import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -60,7 +59,7 @@ def read_clam(path: Path, given: Mapping[str, Any], coords: Path | None = None) 
         yield source
 
 
-def _coordinate_file(file, path: Path, coords: Path) -> dict[str, Any]:
+def _coordinate_file(file: Any, path: Path, coords: Path) -> dict[str, Any]:
     place = coords / path.name if coords.is_dir() else coords
     with open_hdf5(place, "CLAM's create_patches_fp", "copy it again") as other:
         if not np.array_equal(read_coords(other, str(place)), read_coords(file, str(path))):
@@ -107,8 +106,11 @@ def read_tensor(path: Path) -> torch.Tensor:
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+    # Broken files make torch raise what its parts raise: KeyError, IndexError, OSError, BadZipFile and others.
+    except Exception as error:
+        if getattr(error, "filename", None) is not None:
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{str(path)!r} is not a plain tensor, and nothing else is read from it ({reason})") from error
     if not isinstance(found, torch.Tensor):
         raise ValueError(f"{str(path)!r} holds a {type(found).__name__}, expected a tensor (N, D)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,8 @@ def convert_features(
     _check_given(source_layout, given, table, coords)
     root, files = Path(source), _find(Path(source), source_layout)
     folder = _make_folder(Path(out))
-    written, failed, taken = [], [], {}
+    written, failed = [], []
+    taken: dict[Path, Path] = {}
     for file in files:
         try:
             with _open(file, source_layout, {**given, **table.get(file.stem, {})}, coords) as features:
@@ -122,7 +123,7 @@ def _find(root: Path, layout: str) -> list[Path]:
     return found
 
 
-def _in_folders(files: list[Path], belongs) -> list[Path]:
+def _in_folders(files: list[Path], belongs: Callable[[str], bool]) -> list[Path]:
     # A job folder also holds coordinates and slide features; a folder of features alone may have any name.
     return [file for file in files if belongs(file.parent.name)] or files
 

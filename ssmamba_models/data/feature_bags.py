@@ -7,6 +7,7 @@ tiles of a bag were drawn from those of the file, with replacement, and given to
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ class FeatureBags(Sequence):
     Index: a bag's number -> features (n, D), as stored, and coords (n, 2) int64; a slice of them with an axis more.
     """
 
-    def __init__(self, file):
+    def __init__(self, file: Any) -> None:
         self.features, self.coords = file[BAG_FEATURES], file[BAG_COORDS]
 
     def __len__(self) -> int:
@@ -39,7 +40,7 @@ class FeatureBags(Sequence):
         return self.features[bag], self.coords[bag].astype(np.int64, copy=False)
 
 
-def find_bags(file, name: str) -> FeatureBags | None:
+def find_bags(file: Any, name: str) -> FeatureBags | None:
     """The bags of an open file whose `features` are checked, or None where it has none.
 
     Args:

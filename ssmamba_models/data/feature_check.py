@@ -137,8 +137,9 @@ def _coords_problems(file: SlideFeatureFile) -> Iterator[Problem]:
 class _Rows:
     """Counts rows that have a fault, and keeps the first."""
 
-    def __init__(self):
-        self.count, self.first = 0, None
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: int | None = None
 
     def add(self, faulty: np.ndarray, start: int) -> None:
         if self.first is None and faulty.any():
@@ -162,7 +163,7 @@ def _bags_problems(file: SlideFeatureFile) -> Iterator[Problem]:
         yield Problem("outside", f"{len(strange)} bags have tiles that the slide has not (first: bag {strange[0]})")
 
 
-def _values_problems(values, what: str, zero: bool, unit: str = "tiles") -> Iterator[Problem]:
+def _values_problems(values: Any, what: str, zero: bool, unit: str = "tiles") -> Iterator[Problem]:
     faults = {"nan": _Rows(), "infinite": _Rows(), **({"zero": _Rows()} if zero else {})}
     for block in row_blocks(len(values), 4 * math.prod(values.shape[1:])):
         read = values[block]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,7 +69,7 @@ def source_of_ours(file: SlideFeatureFile, where: str, model: str | None) -> Fea
     )
 
 
-def write_ours(source: FeatureSource, out, overwrite: bool) -> None:
+def write_ours(source: FeatureSource, out: str | os.PathLike, overwrite: bool) -> None:
     """Write a source as our slide feature file."""
     grid_shape = None if source.grid is None else source.grid.shape[1:]
     with write_slide_features(
@@ -87,7 +88,7 @@ def write_ours(source: FeatureSource, out, overwrite: bool) -> None:
             writer.keep(name, other)
 
 
-def other_datasets(file) -> dict[str, Any]:
+def other_datasets(file: Any) -> dict[str, Any]:
     """The data sets and groups of an open HDF5 file that no layout knows."""
     return {name: file[name] for name in sorted(file) if name not in _DATASETS}
 

@@ -19,7 +19,14 @@ import numpy as np
 
 from ssmamba_models.data.careful_file import CarefulFile, create_hdf5
 from ssmamba_models.data.feature_bags import BAG_COORDS, BAG_FEATURES, FeatureBags, find_bags
-from ssmamba_models.data.hdf5 import RowWriter, open_hdf5, plain_attributes, require_h5py, write_attributes
+from ssmamba_models.data.hdf5 import (
+    RowWriter,
+    damage_named,
+    open_hdf5,
+    plain_attributes,
+    require_h5py,
+    write_attributes,
+)
 from ssmamba_models.data.tile_geometry import TileGeometry, check_geometry
 from ssmamba_models.output import whole_file
 
@@ -43,8 +50,8 @@ class SlideFeatures(TileGeometry):
 
     features: np.ndarray | None
     coords: np.ndarray
-    coords_attributes: dict[str, Any]
-    attributes: dict[str, Any]
+    coords_attributes: Mapping[str, Any]
+    attributes: Mapping[str, Any]
     grid: np.ndarray | None = None
     bags: list[tuple[np.ndarray, np.ndarray]] | None = None
 
@@ -59,14 +66,14 @@ class SlideFeatureWriter:
 
     def __init__(
         self,
-        file,
+        file: Any,
         disk: CarefulFile,
         rows: RowWriter,
         embed_dim: int,
         dtype: np.dtype,
         grid_shape: tuple[int, ...] | None,
         bags: RowWriter | None = None,
-    ):
+    ) -> None:
         self._file, self._disk = file, disk
         self._rows, self._bags = rows, bags
         self._dtype = dtype
@@ -126,7 +133,7 @@ class SlideFeatureWriter:
         self._bags.append({BAG_FEATURES: stored[None], BAG_COORDS: coords.astype(np.int64, copy=False)[None]})
         self._disk.check()
 
-    def keep(self, name: str, source) -> None:
+    def keep(self, name: str, source: Any) -> None:
         """Keep a data set or group of another open HDF5 file beside ours, as it is; readers of ours pass over it."""
         source.file.copy(source, self._file, name=name)
 
@@ -184,7 +191,10 @@ def write_slide_features(
     h5py = require_h5py()
     geometry = check_geometry(coords_attributes, os.fspath(path))
     stored_dtype = _stored_dtype(dtype)
-    columns = {"features": ((embed_dim,), stored_dtype), "coords": ((2,), np.dtype(np.int64))}
+    columns: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+        "features": ((embed_dim,), stored_dtype),
+        "coords": ((2,), np.dtype(np.int64)),
+    }
     if grid_shape is not None:
         grid_shape = (*grid_shape, embed_dim)[:3]
         columns["grid"] = (grid_shape, stored_dtype)
@@ -230,7 +240,7 @@ class SlideFeatureFile(TileGeometry):
         file: the open `h5py.File`.
     """
 
-    def __init__(self, file, name: str):
+    def __init__(self, file: Any, name: str) -> None:
         _check_layout(file, name)
         self.file = file
         self.features = file["features"]
@@ -255,7 +265,7 @@ class SlideFeatureFile(TileGeometry):
     def __enter__(self) -> SlideFeatureFile:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
@@ -271,10 +281,8 @@ def open_slide_features(path: str | os.PathLike) -> SlideFeatureFile:
     name = os.fspath(path)
     file = open_hdf5(name, _MAKER, _CURE)
     try:
-        return SlideFeatureFile(file, name)
-    except (KeyError, RuntimeError, OSError) as error:  # what h5py raises where HDF5's own structures are broken
-        file.close()
-        raise ValueError(f"{name!r} is damaged ({error}); {_CURE}") from error
+        with damage_named(name, _CURE):
+            return SlideFeatureFile(file, name)
     except BaseException:
         file.close()
         raise
@@ -294,21 +302,18 @@ def read_slide_features(
     Raises:
         As `open_slide_features`.
     """
-    with open_slide_features(path) as file:
-        try:
-            return SlideFeatures(
-                features=file.features[:] if features else None,
-                coords=file.coords,
-                coords_attributes=file.coords_attributes,
-                attributes=file.attributes,
-                grid=file.grid[:] if grid and file.grid is not None else None,
-                bags=list(file.bags) if bags and file.bags is not None else None,
-            )
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"{os.fspath(path)!r} is damaged ({error}); {_CURE}") from error
+    with open_slide_features(path) as file, damage_named(path, _CURE):
+        return SlideFeatures(
+            features=file.features[:] if features else None,
+            coords=file.coords,
+            coords_attributes=file.coords_attributes,
+            attributes=file.attributes,
+            grid=file.grid[:] if grid and file.grid is not None else None,
+            bags=list(file.bags) if bags and file.bags is not None else None,
+        )
 
 
-def _check_layout(file, name: str) -> None:
+def _check_layout(file: Any, name: str) -> None:
     _check_names(file, name)
     features, coords = file["features"], file["coords"]
     if features.ndim != 2:
@@ -330,7 +335,7 @@ def _check_layout(file, name: str) -> None:
     find_bags(file, name)
 
 
-def _check_names(file, name: str) -> None:
+def _check_names(file: Any, name: str) -> None:
     for required in ("features", "coords"):
         # A group has no shape.
         if not hasattr(file.get(required), "shape"):
@@ -340,6 +345,6 @@ def _check_names(file, name: str) -> None:
             )
 
 
-def _check_floats(dataset, what: str) -> None:
+def _check_floats(dataset: Any, what: str) -> None:
     if dataset.dtype not in (np.float32, np.float16):
         raise ValueError(f"{what} are {dataset.dtype}, expected float32 or float16")

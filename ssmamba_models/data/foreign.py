@@ -49,16 +49,16 @@ class Layout:
 class _WithoutLeadingAxis:
     """Rows of a data set of shape (1, N, D)."""
 
-    def __init__(self, dataset):
+    def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
         self.shape = dataset.shape[1:]
         self.dtype = dataset.dtype
 
-    def __getitem__(self, rows):
+    def __getitem__(self, rows: Any) -> Any:
         return self._dataset[0, rows]
 
 
-def rows_of(file, name: str, where: str):
+def rows_of(file: Any, name: str, where: str) -> Any:
     """A data set of a foreign file as (N, ...), also where it is stored as (1, N, ...).
 
     Raises:
@@ -75,7 +75,7 @@ def rows_of(file, name: str, where: str):
     return rows
 
 
-def read_coords(file, where: str) -> np.ndarray:
+def read_coords(file: Any, where: str) -> np.ndarray:
     """The coordinates of a foreign file as (N, 2) int64.
 
     Raises:
@@ -91,7 +91,7 @@ def read_coords(file, where: str) -> np.ndarray:
 
 
 def source_of_foreign(
-    file, layout: Layout, where: str, stated: Mapping[str, Any], given: Mapping[str, Any], model: str | None
+    file: Any, layout: Layout, where: str, stated: Mapping[str, Any], given: Mapping[str, Any], model: str | None
 ) -> FeatureSource:
     """A foreign open HDF5 file as a source.
 
@@ -184,7 +184,7 @@ def _columns(source: FeatureSource, storage: Mapping[str, list]) -> dict[str, tu
 
 
 def _write_foreign_attributes(
-    file, source: FeatureSource, attributes: dict, layout: Layout, native_coords: Mapping, native_features: Mapping
+    file: Any, source: FeatureSource, attributes: dict, layout: Layout, native_coords: Mapping, native_features: Mapping
 ) -> None:
     on_features = f"{layout.name}.features."
     features_raw = {key: attributes.pop(key) for key in list(attributes) if key.startswith(on_features)}
@@ -208,7 +208,7 @@ def _from_ours(ours: Mapping[str, Any], prefix: str, native: Mapping[str, Any]) 
     return {**theirs, **made, **({_MADE: sorted(made)} if made else {})}
 
 
-def _unusual_storage(layout: Layout, file, dtype: np.dtype) -> dict[str, str]:
+def _unusual_storage(layout: Layout, file: Any, dtype: np.dtype) -> dict[str, str]:
     default = layout.default_storage(dtype)
     unusual = {
         name: [file[name].dtype.name, file[name].ndim]
@@ -218,7 +218,7 @@ def _unusual_storage(layout: Layout, file, dtype: np.dtype) -> dict[str, str]:
     return {f"{layout.name}.storage": json.dumps(unusual, sort_keys=True)} if unusual else {}
 
 
-def _write_rows(file, name: str, rows, dtype: str, axes: int) -> None:
+def _write_rows(file: Any, name: str, rows: Any, dtype: str, axes: int) -> None:
     leading = (1,) * (axes - len(rows.shape))
     count, *width = rows.shape
     row_bytes = math.prod(width) * np.dtype(dtype).itemsize
@@ -228,7 +228,7 @@ def _write_rows(file, name: str, rows, dtype: str, axes: int) -> None:
         dataset[(*(0 for _ in leading), block)] = rows[block].astype(dtype, copy=False)
 
 
-def _verify_rows(file, name: str, rows, dtype: str, axes: int) -> None:
+def _verify_rows(file: Any, name: str, rows: Any, dtype: str, axes: int) -> None:
     dataset = file[name]
     for block in row_blocks(rows.shape[0], math.prod(rows.shape[1:]) * np.dtype(dtype).itemsize):
         written = dataset[(*(0 for _ in range(axes - len(rows.shape))), block)]
@@ -243,7 +243,7 @@ def _fit(coords: np.ndarray, dtype: str, where: str) -> np.ndarray:
     return stored
 
 
-def _token_maps(file, where: str, rows: int):
+def _token_maps(file: Any, where: str, rows: int) -> Any:
     grid = file.get("grid")
     if grid is not None and (getattr(grid, "ndim", 0) != 4 or len(grid) != rows or grid.dtype.kind != "f"):
         raise ValueError(f"{where}: its data set grid is no token maps ({rows}, h, w, D), and ours has no other place")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ def require_h5py() -> ModuleType:
     return h5py
 
 
-def open_hdf5(path: str | os.PathLike, maker: str, cure: str):
+def open_hdf5(path: str | os.PathLike, maker: str, cure: str) -> Any:
     """Open an HDF5 file for reading.
 
     Args:
@@ -61,6 +62,35 @@ def open_hdf5(path: str | os.PathLike, maker: str, cure: str):
         raise ValueError(f"{name!r} is not an HDF5 file, or is cut short ({error}); {cure}") from error
 
 
+@contextlib.contextmanager
+def damage_named(path: str | os.PathLike, cure: str) -> Iterator[None]:
+    """Turn what h5py raises where a file is broken within into a ValueError that names the file.
+
+    HDF5 has no checksums of its own structures, so anything may stand in them, and h5py raises KeyError, RuntimeError,
+    TypeError, UnicodeDecodeError and others.
+
+    Args:
+        path: the file.
+        cure: as `open_hdf5`.
+
+    Raises:
+        ValueError: anything was raised in the block; errors that name the file already, and missing files and packages,
+            stay as they are.
+    """
+    name = repr(os.fspath(path))
+    try:
+        yield
+    except (ImportError, FileNotFoundError):
+        raise
+    except MemoryError as error:
+        raise ValueError(f"{name} does not fit into memory ({error}), or is damaged; {cure}") from error
+    except Exception as error:
+        if isinstance(error, ValueError) and name in str(error):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name} is damaged ({reason}); {cure}") from error
+
+
 def plain(value: Any) -> Any:
     """An attribute's value as Python has it: numbers, strings, lists of them."""
     if isinstance(value, (np.ndarray, np.generic)):
@@ -68,12 +98,12 @@ def plain(value: Any) -> Any:
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
 
 
-def plain_attributes(owner) -> dict[str, Any]:
+def plain_attributes(owner: Any) -> dict[str, Any]:
     """All attributes of a file or data set, name -> plain value."""
     return {name: plain(value) for name, value in owner.attrs.items()}
 
 
-def raw_attributes(owner) -> dict[str, Any]:
+def raw_attributes(owner: Any) -> dict[str, Any]:
     """All attributes of a file or data set with their HDF5 types (float64, int32, ...), to be written as they were."""
     raw = {}
     for name, value in owner.attrs.items():
@@ -82,7 +112,7 @@ def raw_attributes(owner) -> dict[str, Any]:
     return raw
 
 
-def write_attributes(owner, attributes: Mapping[str, Any]) -> None:
+def write_attributes(owner: Any, attributes: Mapping[str, Any]) -> None:
     """Set attributes of a file or data set, in sorted order, so that two writes give the same bytes.
 
     Raises:
@@ -109,7 +139,7 @@ class RowWriter:
         columns: name -> (shape of a row, dtype).
     """
 
-    def __init__(self, file, columns: Mapping[str, tuple[tuple[int, ...], np.dtype]]):
+    def __init__(self, file: Any, columns: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
         self.count = 0
         self._datasets = {name: _create(file, name, *column) for name, column in columns.items()}
         self._step = min(dataset.chunks[0] for dataset in self._datasets.values())
@@ -158,7 +188,7 @@ class RowWriter:
             dataset[start:] = values
             self._sums[name] = zlib.crc32(np.ascontiguousarray(values), self._sums[name])
 
-    def verify(self, file) -> None:
+    def verify(self, file: Any) -> None:
         """Compare a re-opened file with what was written.
 
         Raises:
@@ -173,7 +203,7 @@ class RowWriter:
                 raise OSError(f"{name} did not read back as written; the disk or the memory may be faulty")
 
 
-def _create(file, name: str, shape: tuple[int, ...], dtype):
+def _create(file: Any, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
     row_bytes = np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))
     fitting = max(1, _CHUNK_BYTES // max(row_bytes, 1))
     rows = min(CHUNK_ROWS, 1 << (fitting.bit_length() - 1)) if len(shape) > 1 else CHUNK_ROWS

@@ -15,7 +15,7 @@ _MPP_TOLERANCE = 0.01
 Key = TypeVar("Key", bound=Hashable)
 
 
-def feature_provenance(file) -> dict[str, Any]:
+def feature_provenance(file: Any) -> dict[str, Any]:
     """The provenance of a slide's features: of the encoder what is known, of the tiles all, and the features' length.
 
     Args:

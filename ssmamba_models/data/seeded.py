@@ -109,7 +109,7 @@ class GlobalBatches(Sampler):
 def _numbered(order: list[int]) -> list[tuple[int, ...]]:
     """(tile,) where a tile is drawn for the first time, else (tile, how often before)."""
     seen: Counter[int] = Counter()
-    drawn = []
+    drawn: list[tuple[int, ...]] = []
     for index in order:
         drawn.append((index, seen[index]) if seen[index] else (index,))
         seen[index] += 1

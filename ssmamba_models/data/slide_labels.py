@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ssmamba_models.data.csv_rows import Row, read_csv_rows
+from ssmamba_models.data.csv_rows import Row, column_places, read_csv_rows
 
 SPLITS = ("train", "val", "test")
 # Names in use for whose slide it is.
@@ -29,14 +29,14 @@ def read_slide_labels(path: str | os.PathLike) -> list[dict[str, str]]:
     """
     path = Path(path)
     header, lines = _read_table(path)
-    columns = {name.strip().lower(): place for place, name in enumerate(header)}
+    columns = column_places(path, header, ("slide", "label", "split", *_PATIENT))
     for name in ("slide", "label"):
         if name not in columns:
             raise ValueError(
                 f"{str(path)!r} has no column {name!r} (its columns: {', '.join(header)}); expected a first line such "
                 "as slide,label,patient,split, separated by commas"
             )
-    wanted = {name: columns[name] for name in ("slide", "label", "split") if name in columns}
+    wanted: dict[str, int] = {name: columns[name] for name in ("slide", "label", "split") if name in columns}
     patient = next((name for name in _PATIENT if name in columns), None)
     if patient is not None:
         wanted["patient"] = columns[patient]
@@ -119,7 +119,7 @@ def check_patient_splits(found: Mapping[str, Mapping[str, str | None]], table: s
     Raises:
         ValueError: a patient is in two splits.
     """
-    split_of: dict[str, str | None] = {}
+    split_of: dict[str | None, str | None] = {}
     for facts in found.values():
         patient, split = facts["patient"], facts["split"]
         if split_of.setdefault(patient, split) != split:

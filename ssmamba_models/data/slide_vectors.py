@@ -8,7 +8,7 @@ features and weights give the same bytes. Vectors from elsewhere are read from a
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from ssmamba_models.data.careful_file import create_hdf5
-from ssmamba_models.data.csv_rows import read_csv_rows
-from ssmamba_models.data.hdf5 import open_hdf5, plain_attributes, require_h5py, write_attributes
+from ssmamba_models.data.csv_rows import column_places, read_csv_rows
+from ssmamba_models.data.hdf5 import damage_named, open_hdf5, plain_attributes, require_h5py, write_attributes
 from ssmamba_models.output import whole_file
 
 _MAKER, _CURE = "`ssmamba slide-embed`", "embed the slides again"
@@ -96,7 +96,7 @@ def read_slide_vectors(path: str | os.PathLike, ids: str | os.PathLike | None = 
         return _read_npy(path, ids)
     if ids is not None:
         raise ValueError(f"{str(path)!r} is no .npy file; --ids belongs to those, {_MAKER} stores the names itself")
-    with open_hdf5(path, _MAKER, _CURE) as file:
+    with open_hdf5(path, _MAKER, _CURE) as file, damage_named(path, _CURE):
         embeddings = _column(path, file, "embeddings", "fiu", 2)
         names = tuple(name.decode("utf-8") for name in _column(path, file, "slides", "OS", 1))
         baselines = file.get("baselines", {})
@@ -106,7 +106,7 @@ def read_slide_vectors(path: str | os.PathLike, ids: str | os.PathLike | None = 
         return _named(path, names, embeddings, baselines, plain_attributes(file))
 
 
-def _column(path: Path, file, name: str, kinds: str, dims: int) -> np.ndarray:
+def _column(path: Path, file: Any, name: str, kinds: str, dims: int) -> np.ndarray:
     """A data set with so many axes, of one of numpy's kinds of types."""
     if name not in file:
         raise ValueError(
@@ -139,7 +139,12 @@ def _read_npy(path: Path, ids: str | os.PathLike | None) -> SlideVectors:
     try:
         # A pickle could run code.
         values = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except MemoryError as error:
+        raise ValueError(f"{str(path)!r} does not fit into memory ({error}), or is damaged") from error
+    # A broken header makes numpy raise what Python's own parser raises: TokenError, SyntaxError and others.
+    except Exception as error:
+        if getattr(error, "errno", None) is not None:
+            raise
         raise ValueError(f"{str(path)!r} is no .npy file of numbers ({error}); save it with numpy.save") from error
     if not isinstance(values, np.ndarray):
         raise ValueError(f"{str(path)!r} is an archive (.npz), expected one array; save it with numpy.save")
@@ -176,8 +181,8 @@ def read_ids(path: str | os.PathLike) -> tuple[str, ...]:
 
 def _read_id_column(path: Path) -> tuple[str, ...]:
     header, rows = read_csv_rows(path, "slide")
-    columns: Sequence[str] = [name.strip().lower() for name in header]
-    place = next((columns.index(name) for name in _ID_COLUMNS if name in columns), None)
+    columns = column_places(path, header, _ID_COLUMNS)
+    place = next((columns[name] for name in _ID_COLUMNS if name in columns), None)
     if place is None:
         raise ValueError(f"{str(path)!r} has the columns {', '.join(header)}; expected one of {', '.join(_ID_COLUMNS)}")
     return tuple(fields[place].strip() for _, fields in rows)

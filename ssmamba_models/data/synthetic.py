@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -120,7 +122,7 @@ def _smoothstep(low: float, high: float, value: np.ndarray) -> np.ndarray:
     return ramp * ramp * (3 - 2 * ramp)
 
 
-def _blend(target: np.ndarray, mask: np.ndarray, value) -> None:
+def _blend(target: np.ndarray, mask: np.ndarray, value: Any) -> None:
     target += mask * (value - target)
 
 
@@ -169,7 +171,7 @@ def _draw_nucleus(
     _blend(section.eosin[window], inside, 0.28)
 
 
-def _nuclear_shade(section: _Section, radius, along, aside, open_: float) -> np.ndarray:
+def _nuclear_shade(section: _Section, radius: Any, along: Any, aside: Any, open_: float) -> np.ndarray:
     height, width = radius.shape
     limit = section.chromatin.shape[0] - max(height, width)
     top, left = section.rng.integers(0, max(limit, 1), 2)
@@ -228,7 +230,7 @@ def _draw_gland(section: _Section, textures: _Textures, x: float, y: float, radi
     order = np.arange(1, 6)
     swing, shift = rng.normal(0, 0.17, 5) / order**0.9, rng.uniform(0, 2 * math.pi, 5)
 
-    def outline(turn):
+    def outline(turn: Any) -> Any:
         return radius * (1 + (swing * np.cos(order * turn[..., None] + shift)).sum(-1))
 
     window = section.window(x, y, radius * (1 + np.abs(swing).sum()) + 6)
@@ -239,7 +241,7 @@ def _draw_gland(section: _Section, textures: _Textures, x: float, y: float, radi
     _draw_basal_nuclei(section, x, y, outline, tall)
 
 
-def _draw_epithelium(section: _Section, textures: _Textures, window, depth: np.ndarray, tall: float) -> None:
+def _draw_epithelium(section: _Section, textures: _Textures, window: Any, depth: np.ndarray, tall: float) -> None:
     eosin, haematoxylin = section.eosin[window], section.haematoxylin[window]
     ragged, fine = textures.ragged[window], textures.fine[window]
     inside = _smoothstep(-1.5, 1.0, depth)
@@ -256,7 +258,7 @@ def _draw_epithelium(section: _Section, textures: _Textures, window, depth: np.n
     _blend(eosin, 0.7 * sheath, 0.62)
 
 
-def _draw_basal_nuclei(section: _Section, x: float, y: float, outline, tall: float) -> None:
+def _draw_basal_nuclei(section: _Section, x: float, y: float, outline: Callable[[Any], Any], tall: float) -> None:
     rng = section.rng
     turn = rng.uniform(0, 0.1)
     while turn < 2 * math.pi:

@@ -18,8 +18,17 @@ from typing import Any
 import numpy as np
 
 from ssmamba_models.data.careful_file import CarefulFile, create_hdf5
-from ssmamba_models.data.hdf5 import CHUNK_ROWS, open_hdf5, plain_attributes, require_h5py, write_attributes
+from ssmamba_models.data.hdf5 import (
+    CHUNK_ROWS,
+    damage_named,
+    open_hdf5,
+    plain_attributes,
+    require_h5py,
+    write_attributes,
+)
 from ssmamba_models.output import whole_file
+
+_CURE = "embed again"
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class TileFeatures:
 class FeatureWriter:
     """Appends batches of features to an open feature file; `write_features` makes one."""
 
-    def __init__(self, file, disk: CarefulFile, embed_dim: int, labelled: bool):
+    def __init__(self, file: Any, disk: CarefulFile, embed_dim: int, labelled: bool) -> None:
         self._file, self._disk = file, disk
         self.embed_dim = embed_dim
         self.labelled = labelled
@@ -114,8 +123,8 @@ def write_features(
         _verify(h5py, part, writer)
 
 
-def _create_datasets(file, h5py: ModuleType, embed_dim: int, labelled: bool) -> None:
-    def create(name: str, width: tuple[int, ...], dtype) -> None:
+def _create_datasets(file: Any, h5py: ModuleType, embed_dim: int, labelled: bool) -> None:
+    def create(name: str, width: tuple[int, ...], dtype: Any) -> None:
         file.create_dataset(
             name,
             shape=(0, *width),
@@ -154,7 +163,7 @@ def read_features(path: str | os.PathLike) -> TileFeatures:
         ValueError: it is not HDF5, lacks a data set, or its data sets disagree in length.
     """
     name = os.fspath(path)
-    with open_hdf5(name, "`ssmamba embed`", "embed again") as file:
+    with open_hdf5(name, "`ssmamba embed`", _CURE) as file, damage_named(name, _CURE):
         _check_layout(file, name)
         return TileFeatures(
             features=file["features"][:].astype(np.float32, copy=False),
@@ -164,18 +173,19 @@ def read_features(path: str | os.PathLike) -> TileFeatures:
         )
 
 
-def _check_layout(file, name: str) -> None:
+def _check_layout(file: Any, name: str) -> None:
     for required in ("features", "paths"):
-        if required not in file:
+        # A group has no shape.
+        if not hasattr(file.get(required), "shape"):
             raise ValueError(
                 f"{name!r} has no data set {required!r} (it has: {', '.join(sorted(file)) or 'none'}); "
                 "it was not made by `ssmamba embed`"
             )
-    if file["features"].ndim != 2:
-        raise ValueError(f"{name!r}: features have shape {file['features'].shape}, expected (N, D)")
+    if file["features"].ndim != 2 or file["features"].dtype.kind != "f":
+        found = f"{file['features'].dtype} of shape {file['features'].shape}"
+        raise ValueError(f"{name!r}: features are {found}, expected float32 (N, D)")
     rows = len(file["features"])
     for column in ("paths", "labels"):
-        if column in file and file[column].shape != (rows,):
-            raise ValueError(
-                f"{name!r}: {rows} features, but {column} of shape {file[column].shape}; embed again"
-            )
+        if column in file and getattr(file[column], "shape", None) != (rows,):
+            found = getattr(file[column], "shape", "no data set")
+            raise ValueError(f"{name!r}: {rows} features, but {column} of shape {found}; {_CURE}")

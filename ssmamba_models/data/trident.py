@@ -46,7 +46,7 @@ def _says(attributes: Mapping[str, Any], name: str) -> bool:
     return attributes.get(name) not in (None, "None")
 
 
-def _encoder(file, path: Path) -> str | None:
+def _encoder(file: Any, path: Path) -> str | None:
     stated = plain_attributes(file["features"]) if "features" in file else {}
     if _says(stated, "encoder"):
         return str(stated["encoder"])

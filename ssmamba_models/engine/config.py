@@ -10,11 +10,15 @@ import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from ssmamba_models.output import whole_file
 
 Config = TypeVar("Config")
+
+# A configuration is what a person can read; aliases within aliases (YAML's bomb) are not.
+_MOST_VALUES = 100_000
 
 
 def load_config(
@@ -222,7 +226,10 @@ def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         raise FileNotFoundError(f"the configuration {str(file)!r} does not exist (or is a folder)")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        # What refers to itself, or is a page when it is written out, can be neither compared nor saved.
+        _check_size(values)
+    # PyYAML raises these itself of numbers, dates and brackets: "2001-99-99", "0x", "[[[[...".
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, LookupError) as error:
         raise ValueError(f"the configuration {str(file)!r} is not YAML ({' '.join(str(error).split())})") from error
     if values is None:
         return {}
@@ -232,7 +239,20 @@ def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     return values
 
 
-def _yaml():
+def _check_size(values: Any) -> None:
+    todo, count = [values], 0
+    while todo:
+        value = todo.pop()
+        count += 1
+        if count > _MOST_VALUES:
+            raise ValueError(f"it has more than {_MOST_VALUES} values, or an alias (*) that refers to itself")
+        if isinstance(value, dict):
+            todo.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            todo.extend(value)
+
+
+def _yaml() -> ModuleType:
     try:
         import yaml
     except ImportError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -183,7 +183,9 @@ def describe(config: PretrainConfig, tiles: LabelledTiles) -> dict[str, str]:
     return {**described, "model_args": json.dumps(config.model_args)} if config.model_args else described
 
 
-def _picture_maker(config: PretrainConfig, data: SeededTiles, run: Path, accelerator: Any):
+def _picture_maker(
+    config: PretrainConfig, data: SeededTiles, run: Path, accelerator: Any
+) -> Callable[[int, nn.Module, RunLog], Mapping[str, Any]] | None:
     if config.reconstruct_every is None or not accelerator.is_main_process:
         return None
     batch = fixed_batch(data)

@@ -89,13 +89,13 @@ def cut_log(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     with whole_file(path, overwrite=True) as part:
         part.write_text("".join(kept), encoding="utf-8")
 
 
-def _summary_writer():
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ class Validation:
                 logits.append(network(images).double().cpu())
         return self._join(self._gather((indices, logits, unreadable)))
 
-    def _batches(self):
+    def _batches(self) -> Iterator[Any]:
         return read_batches(self.loader, "reads validation tiles", ", then go on with --resume")
 
     def _gather(self, share: tuple) -> list[tuple]:

@@ -105,7 +105,7 @@ def _weighted_medians(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _strata(group_of: np.ndarray, labels: Sequence[str], count: int) -> list[np.ndarray]:
-    votes = [Counter() for _ in range(count)]
+    votes: list[Counter[str]] = [Counter() for _ in range(count)]
     for group, label in zip(group_of, labels):
         votes[group][label] += 1
     majority = np.array([min(vote, key=lambda label: (-vote[label], label)) for vote in votes])

@@ -12,7 +12,7 @@ import numpy as np
 
 from ssmamba_models.evaluation.bootstrap import Estimate, Resampling
 from ssmamba_models.evaluation.class_metrics import ClassCounts, count_by_group
-from ssmamba_models.evaluation.folds import Protocol
+from ssmamba_models.evaluation.folds import Fold, Protocol
 from ssmamba_models.evaluation.knn import unit_vectors
 
 EPISODES = 300
@@ -159,7 +159,17 @@ def _score_shots(
     return FewShot(shots, estimates, spread)
 
 
-def _fold_scores(fold, features, labels, units, scored, resampling, shots, episodes, rng) -> Iterator[dict]:
+def _fold_scores(
+    fold: Fold,
+    features: np.ndarray,
+    labels: np.ndarray,
+    units: np.ndarray,
+    scored: np.ndarray,
+    resampling: Resampling,
+    shots: int,
+    episodes: int,
+    rng: np.random.Generator,
+) -> Iterator[dict[str, np.ndarray]]:
     """For chunks of episodes: metric -> (episodes, 1 + B)."""
     # The result does not depend on where the origin is; near the tiles, float32 loses least.
     origin = features[fold.train].mean(axis=0)
@@ -172,7 +182,9 @@ def _fold_scores(fold, features, labels, units, scored, resampling, shots, episo
         yield _weighted_scores(labels[fold.test], predicted, group_of, weights, int(labels.max()) + 1)
 
 
-def _weighted_scores(actual, predicted, group_of, weights, classes) -> dict[str, np.ndarray]:
+def _weighted_scores(
+    actual: np.ndarray, predicted: np.ndarray, group_of: np.ndarray, weights: np.ndarray, classes: int
+) -> dict[str, np.ndarray]:
     groups = weights.shape[1]
     counts = [count_by_group(actual, row, group_of, groups, classes) for row in predicted]
     hits = weights @ np.stack([count.hits for count in counts])

@@ -183,7 +183,7 @@ def _background(file: TileGeometry, slide: str | os.PathLike | None, max_size: i
         return opened.thumbnail(max_size)
 
 
-def _colormap():
+def _colormap() -> Any:
     try:
         from matplotlib import colormaps
     except ImportError as error:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from timm.models import get_pretrained_cfg, is_model
 
 from ssmamba_models.engine.encoder import Encoder, load_encoder
@@ -35,7 +36,9 @@ class ModelChoice:
         """Whether the weights differ from seed to seed."""
         return self.init == RANDOM and self.name != COLOR_HISTOGRAM
 
-    def load(self, seed: int = 0, img_size: int | None = None, device=None, bf16: bool = False) -> Encoder:
+    def load(
+        self, seed: int = 0, img_size: int | None = None, device: torch.device | str | None = None, bf16: bool = False
+    ) -> Encoder:
         """Make the encoder; `seed` matters for random weights alone.
 
         Raises:

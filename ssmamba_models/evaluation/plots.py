@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ _LINES = ("-", "--", ":", "-.")
 MOST_POINTS = 1500
 
 
-def _figure(columns: int, rows: int = 1, side: float = 3.6):
+def _figure(columns: int, rows: int = 1, side: float = 3.6) -> tuple[Any, Any]:
     # Without pyplot no display is needed, and no figure outlives its use.
     from matplotlib.figure import Figure
 

@@ -28,7 +28,7 @@ class Settings:
     draws: int = 1000
     magnification: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("folds", 2), ("seeds", 1), ("neighbours", 1), ("episodes", 1), ("draws", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {least} or more")

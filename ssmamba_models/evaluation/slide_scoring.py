@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -135,7 +136,7 @@ class SlideTask:
         return np.sort(fold.train[order[:size]])
 
 
-def _protocol(table, task: Task, settings: SlideSettings) -> Protocol:
+def _protocol(table: Any, task: Task, settings: SlideSettings) -> Protocol:
     if table.splits is None:
         return make_protocol(table, task, settings.folds, settings.repeats, noun="slide")
     once = make_protocol(table, task, settings.folds, 1, noun="slide")

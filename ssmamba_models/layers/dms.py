@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +54,17 @@ class DirectionalSSM(nn.Module):
     (arXiv:2401.10166), scales as MSVMamba (arXiv:2405.14174).
     """
 
-    def __init__(self, dim: int, dt_rank: int, d_state: int = 1, scale: int = 1, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        dt_rank: int,
+        d_state: int = 1,
+        scale: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.scale, self.d_state, self.dt_rank = scale, d_state, dt_rank
         self.directions = DIRECTIONS
         self.x_proj = nn.Linear(dim, dt_rank + 2 * DIRECTIONS * d_state, bias=False, **dd)
@@ -132,8 +141,8 @@ class DMS(nn.Module):
         scales: tuple[int, ...] = (1, 2),
         d_state: int = 1,
         dt_rank: int | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if dim < 1:
@@ -143,7 +152,7 @@ class DMS(nn.Module):
         for name, value in (("d_state", d_state), ("dt_rank", dt_rank)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"DMS: {name} is {value}, expected a whole number of at least 1")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         dt_rank = dt_rank or max(4, math.ceil(dim / 16))
         self.widths = [dim // len(scales)] * len(scales)
         self.widths[-1] += dim - sum(self.widths)

@@ -18,7 +18,7 @@ class LPR(nn.Module):
     Source: SSMamba (arXiv:2604.15711), LPR; the form is CMT's local perception unit (arXiv:2107.06263, eq. 2).
     """
 
-    def __init__(self, dim: int, device=None, dtype=None) -> None:
+    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
         nn.init.trunc_normal_(self.conv.weight, std=0.02)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +51,8 @@ class Mamba(nn.Module):
         d_conv: int = 4,
         expand: int = 2,
         dt_rank: int | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("d_state", d_state), ("expand", expand), ("dt_rank", dt_rank)):
@@ -59,7 +60,7 @@ class Mamba(nn.Module):
                 raise ValueError(f"Mamba: {name} is {value}, expected a whole number of at least 1")
         if d_conv not in (2, 3, 4):
             raise ValueError(f"Mamba: d_conv is {d_conv}, expected 2, 3 or 4")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.d_state, self.inner_dim = dim, d_state, expand * dim
         self.dt_rank = dt_rank or math.ceil(dim / 16)
         self.in_proj = nn.Linear(dim, 2 * self.inner_dim, bias=False, **dd)

@@ -10,6 +10,9 @@ An independent implementation of the published description of SSMamba (arXiv:260
 
 # No `from __future__ import annotations`: torch.fx copies annotations into its graphs, and TorchScript, which may then
 # script such a graph, knows the class Tensor but not its name.
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClNormMlpClassifierHead, DropPath, LayerNorm, Mlp, register_notrace_module, trunc_normal_
@@ -33,9 +36,11 @@ class Stem(nn.Module):
     Shape: (B, in_chans, H, W) -> (B, ceil(H / 4), ceil(W / 4), dim).
     """
 
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
+    def __init__(
+        self, in_chans: int, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
         self.norm1 = LayerNorm(dim // 2, **dd)
         self.act = nn.GELU()
@@ -52,9 +57,11 @@ class Stem(nn.Module):
 class Downsample(nn.Module):
     """A 3x3 convolution of stride 2 and a norm. Shape: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), dim_out)."""
 
-    def __init__(self, dim: int, dim_out: int, device=None, dtype=None) -> None:
+    def __init__(
+        self, dim: int, dim_out: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(dim, dim_out, 3, stride=2, padding=1, **dd)
         self.norm = LayerNorm(dim_out, **dd)
 
@@ -85,11 +92,11 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         drop: float = 0.0,
         drop_path: float = 0.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.lpr = LPR(dim, **dd)
         self.norm1 = LayerNorm(dim, **dd)
         self.dms = DMS(dim, scales, d_state, **dd)
@@ -147,11 +154,11 @@ class Stage(nn.Module):
         mlp_ratio: float,
         drop: float,
         downsample: bool,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
         self.downsample = Downsample(dim, dim_out, **dd) if downsample else nn.Identity()
         self.blocks = nn.ModuleList(
@@ -205,12 +212,12 @@ class SSMamba(nn.Module):
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _check_geometry(in_chans, num_classes, dims, depths, scales, drop_path_rate)
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -352,7 +359,14 @@ def _check_classes(num_classes: int) -> None:
         raise ValueError(f"num_classes is {num_classes}, expected 0 (no classifier) or more")
 
 
-def _check_geometry(in_chans: int, num_classes: int, dims, depths, scales, drop_path_rate: float) -> None:
+def _check_geometry(
+    in_chans: int,
+    num_classes: int,
+    dims: Sequence[int],
+    depths: Sequence[int],
+    scales: Sequence[int],
+    drop_path_rate: float,
+) -> None:
     _check_classes(num_classes)
     if not 0 <= drop_path_rate < 1:
         raise ValueError(f"drop_path_rate is {drop_path_rate}, expected 0 or more and less than 1")
@@ -375,7 +389,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     return {name.removeprefix("module.").removeprefix("encoder."): value for name, value in state_dict.items()}
 
 
-def _cfg(url: str = "", **kwargs) -> dict:
+def _cfg(url: str = "", **kwargs: Any) -> dict:
     return {
         "url": url,
         "num_classes": 0,
@@ -411,7 +425,7 @@ def _check_pretrained(variant: str, kwargs: dict) -> None:
     check_cfg(cfg.to_dict(), kwargs.get("cache_dir"))
 
 
-def _create_ssmamba(variant: str, pretrained: bool = False, **kwargs) -> SSMamba:
+def _create_ssmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> SSMamba:
     if pretrained:
         _check_pretrained(variant, kwargs)
     return build_model_with_cfg(
@@ -425,28 +439,28 @@ def _create_ssmamba(variant: str, pretrained: bool = False, **kwargs) -> SSMamba
 
 
 @register_model
-def ssmamba_tiny(pretrained: bool = False, **kwargs) -> SSMamba:
+def ssmamba_tiny(pretrained: bool = False, **kwargs: Any) -> SSMamba:
     """SSMamba-T: 9.12 M parameters, 384 features."""
     model_args = {"dims": (48, 96, 240, 384), "depths": (2, 2, 8, 2), "drop_path_rate": 0.05}
     return _create_ssmamba("ssmamba_tiny", pretrained, **(model_args | kwargs))
 
 
 @register_model
-def ssmamba_small(pretrained: bool = False, **kwargs) -> SSMamba:
+def ssmamba_small(pretrained: bool = False, **kwargs: Any) -> SSMamba:
     """SSMamba-S: 25.31 M parameters, 512 features; the size that the paper reports."""
     model_args = {"dims": (64, 128, 320, 512), "depths": (2, 3, 14, 3), "drop_path_rate": 0.2}
     return _create_ssmamba("ssmamba_small", pretrained, **(model_args | kwargs))
 
 
 @register_model
-def ssmamba_base(pretrained: bool = False, **kwargs) -> SSMamba:
+def ssmamba_base(pretrained: bool = False, **kwargs: Any) -> SSMamba:
     """SSMamba-B: 80.75 M parameters, 768 features."""
     model_args = {"dims": (96, 192, 480, 768), "depths": (3, 4, 24, 3), "drop_path_rate": 0.4}
     return _create_ssmamba("ssmamba_base", pretrained, **(model_args | kwargs))
 
 
 @register_model
-def test_ssmamba(pretrained: bool = False, **kwargs) -> SSMamba:  # noqa: PT028 (a model, no test)
+def test_ssmamba(pretrained: bool = False, **kwargs: Any) -> SSMamba:  # noqa: PT028 (a model, no test)
     """A model for tests: every part of the architecture, in milliseconds."""
     model_args = {"dims": (16, 24, 32, 48), "depths": (1, 1, 2, 1), "drop_path_rate": 0.0}
     return _create_ssmamba("test_ssmamba", pretrained, **(model_args | kwargs))

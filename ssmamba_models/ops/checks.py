@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ OPTIONAL = ("D", "z", "delta_bias", "bias")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def expect_tensors(op: str, **arguments: Tensor | None) -> None:
+def expect_tensors(op: str, **arguments: Any) -> None:
     """Raises TypeError if an argument is no floating tensor (nor None, if optional), ValueError if devices differ."""
     first_name, first = next(iter(arguments.items()))
     for name, x in arguments.items():
@@ -43,7 +45,7 @@ def expect_shape(op: str, name: str, x: Tensor | None, layout: str, shape: tuple
 
 
 def expect_operator_dtypes(
-    op: str, activations: tuple[Tensor | None, ...], parameters: tuple[Tensor | None, ...]
+    op: str, activations: tuple[Tensor, ...], parameters: tuple[Tensor | None, ...]
 ) -> None:
     """What the public functions see to, for those who call a registered operator by itself (a scripted or exported
     model, for one): the kernels read memory by these dtypes. Raises TypeError."""
@@ -57,7 +59,7 @@ def expect_operator_dtypes(
             raise TypeError(f"{op}: a parameter is {x.dtype}, expected {wanted} beside {first.dtype} activations")
 
 
-def activations(op: str, u: Tensor, **others: Tensor | None) -> tuple[Tensor | None, ...]:
+def activations(op: str, u: Tensor, **others: Tensor | None) -> tuple[Any, ...]:
     """The activations in one dtype: autocast's where autocast is on, else the one that they share.
 
     Raises:
@@ -74,7 +76,7 @@ def activations(op: str, u: Tensor, **others: Tensor | None) -> tuple[Tensor | N
     return (u, *others.values())
 
 
-def parameters(u: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def parameters(u: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     """A, D and biases in the precision of the recurrence: float32, or float64 for float64 activations."""
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     return tuple(None if x is None else x.to(dtype) for x in tensors)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -44,7 +46,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     return torch.ops.ssmamba.causal_conv1d(x, weight, bias, activation is not None)
 
 
-def _check(x, weight, bias) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Run by the operator itself: scripted and exported models call it without the public function."""
     checks.expect_tensors(OP, x=x, weight=weight, bias=bias)
     checks.expect_dims(OP, "x", x, "B, D, L")
@@ -57,7 +59,7 @@ def _check(x, weight, bias) -> None:
 
 
 @torch.library.custom_op("ssmamba::causal_conv1d", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
-def _forward(x, weight, bias, silu):
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     _check(x, weight, bias)
     if x.numel() == 0:
         return x.new_empty(x.shape)
@@ -65,7 +67,7 @@ def _forward(x, weight, bias, silu):
 
 
 @_forward.register_fake
-def _(x, weight, bias, silu):
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     _check(x, weight, bias)
     return x.new_empty(x.shape)
 
@@ -73,7 +75,7 @@ def _(x, weight, bias, silu):
 @torch.library.custom_op(
     "ssmamba::causal_conv1d_backward", mutates_args=(), schema=f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor)"
 )
-def _backward(grad, x, weight, bias, silu):
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, ...]:
     _check(x, weight, bias)
     checks.expect_gradient(OP, grad, x)
     inputs = (x, weight, bias)
@@ -83,16 +85,16 @@ def _backward(grad, x, weight, bias, silu):
 
 
 @_backward.register_fake
-def _(grad, x, weight, bias, silu):
+def _(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, ...]:
     return zeros_like_inputs((x, weight, bias))
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.silu = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _autograd(ctx, grad):
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     grads = torch.ops.ssmamba.causal_conv1d_backward(grad, *saved, ctx.silu)
     return (*(None if x is None else g for x, g in zip(saved, grads)), None)
@@ -102,7 +104,15 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.ssmamba.causal_conv1d)
-def causal_conv1d_flops(x_shape, weight_shape, bias_shape, silu, *args, out_shape=None, **kwargs) -> int:
+def causal_conv1d_flops(
+    x_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    bias_shape: tuple[int, ...],
+    silu: bool,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
     """Floating point operations of one forward pass."""
     batch, channels, length = x_shape
     return batch * channels * length * (2 * weight_shape[1] + (4 if silu else 0))
@@ -110,7 +120,14 @@ def causal_conv1d_flops(x_shape, weight_shape, bias_shape, silu, *args, out_shap
 
 @register_flop_formula(torch.ops.ssmamba.causal_conv1d_backward)
 def causal_conv1d_backward_flops(
-    grad_shape, x_shape, weight_shape, bias_shape, silu, *args, out_shape=None, **kwargs
+    grad_shape: tuple[int, ...],
+    x_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    bias_shape: tuple[int, ...],
+    silu: bool,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
 ) -> int:
     """Floating point operations of one backward pass."""
     return 2 * causal_conv1d_flops(x_shape, weight_shape, bias_shape, silu)

@@ -93,7 +93,16 @@ def _last_contiguous(x: Tensor | None) -> Tensor | None:
 # ---- selective_scan ----
 
 
-def _arguments(u, delta, A, B, C, D, z, delta_bias) -> tuple[Tensor | None, ...]:
+def _arguments(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     _check_channels("selective_scan", u.shape[1])
     u, delta, B, C, z = (_last_contiguous(x) for x in (u, delta, B, C, z))
     D, delta_bias = (x if x is None else x.contiguous() for x in (D, delta_bias))
@@ -109,7 +118,17 @@ def _run(arguments: tuple[Tensor | None, ...], delta_softplus: bool) -> tuple[Te
     return out, states, gated[0] if gated else out
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor]:
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
     """See :func:`ssmamba_models.ops.selective_scan`; y and the last state (float32)."""
     _, states, y = _run(_arguments(u, delta, A, B, C, D, z, delta_bias), delta_softplus)
     # (batch, channels, chunks, 2 N): decay and state in turn.
@@ -117,7 +136,17 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple
 
 
 def selective_scan_backward(
-    grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+    grad: Tensor,
+    grad_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias; an empty tensor where the input is None."""
     if grad_state is not None:
@@ -152,7 +181,9 @@ def _sum_four(x: Tensor, height: int, width: int) -> Tensor:
     return sum(to_map(part.transpose(1, 2), k, height, width) for k, part in enumerate(parts))
 
 
-def _grouped(u, delta, A, B, C, delta_bias, hold) -> tuple[Tensor | None, ...]:
+def _grouped(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, delta_bias: Tensor | None, hold: Tensor | None
+) -> tuple[Tensor | None, ...]:
     _check_channels("directional_scan", DIRECTIONS * u.shape[3])
     if hold is not None:
         delta = delta.masked_fill(hold[..., None], HELD)
@@ -161,7 +192,16 @@ def _grouped(u, delta, A, B, C, delta_bias, hold) -> tuple[Tensor | None, ...]:
     return _four(u), _four(delta), A, _four_projections(B), _four_projections(C), None, None, bias
 
 
-def directional_scan(u, delta, A, B, C, D, delta_bias, hold) -> Tensor:
+def directional_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    hold: Tensor | None,
+) -> Tensor:
     """See :func:`ssmamba_models.ops.directional_scan`."""
     _, _, out = _run(_grouped(u, delta, A, B, C, delta_bias, hold), True)
     y = _sum_four(out, *u.shape[1:3])
@@ -169,7 +209,17 @@ def directional_scan(u, delta, A, B, C, D, delta_bias, hold) -> Tensor:
     return y.to(u.dtype).contiguous()
 
 
-def directional_scan_backward(grad, u, delta, A, B, C, D, delta_bias, hold) -> tuple[Tensor, ...]:
+def directional_scan_backward(
+    grad: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    hold: Tensor | None,
+) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D and delta_bias; an empty tensor where the input is None."""
     arguments, (height, width) = _grouped(u, delta, A, B, C, delta_bias, hold), u.shape[1:3]
     _, states, _ = _run(arguments, True)
@@ -198,12 +248,14 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Ten
     return function(x, weight, bias if bias is None else bias.contiguous(), activation="silu" if silu else None)
 
 
-def causal_conv1d(x, weight, bias, silu) -> Tensor:
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """See :func:`ssmamba_models.ops.causal_conv1d`."""
     return _convolve(_last_contiguous(x), weight.contiguous(), bias, silu).contiguous()
 
 
-def causal_conv1d_backward(grad, x, weight, bias, silu) -> tuple[Tensor, ...]:
+def causal_conv1d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
+) -> tuple[Tensor, ...]:
     """Gradients of x, weight and bias, by the function's own backward: the layer below it changes between releases."""
     inputs = (_last_contiguous(x), weight.contiguous(), bias)
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]

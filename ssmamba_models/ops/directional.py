@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -63,13 +65,22 @@ def directional_scan(
     return torch.ops.ssmamba.directional_scan(u, delta, A, B, C, D, delta_bias, hold)
 
 
-def _expect_mask(hold) -> None:
+def _expect_mask(hold: Tensor | None) -> None:
     if not isinstance(hold, Tensor) or hold.dtype != torch.bool:
         kind = hold.dtype if isinstance(hold, Tensor) else type(hold).__name__
         raise TypeError(f"{OP}: hold must be a bool tensor, not {kind}; compare or cast it with .bool()")
 
 
-def _check(u, delta, A, B, C, D, delta_bias, hold) -> None:
+def _check(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    hold: Tensor | None,
+) -> None:
     """Run by the operator itself: scripted and exported models call it without the public function."""
     checks.expect_tensors(OP, u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
     checks.expect_operator_dtypes(OP, (u, delta, B, C), (A, D, delta_bias))
@@ -94,7 +105,16 @@ def _check(u, delta, A, B, C, D, delta_bias, hold) -> None:
 
 
 @torch.library.custom_op("ssmamba::directional_scan", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
-def _forward(u, delta, A, B, C, D, delta_bias, hold):
+def _forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    hold: Tensor | None,
+) -> Tensor:
     _check(u, delta, A, B, C, D, delta_bias, hold)
     if u.numel() == 0:
         return u.new_empty(u.shape)
@@ -102,7 +122,16 @@ def _forward(u, delta, A, B, C, D, delta_bias, hold):
 
 
 @_forward.register_fake
-def _(u, delta, A, B, C, D, delta_bias, hold):
+def _(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    hold: Tensor | None,
+) -> Tensor:
     _check(u, delta, A, B, C, D, delta_bias, hold)
     return u.new_empty(u.shape)
 
@@ -112,7 +141,17 @@ def _(u, delta, A, B, C, D, delta_bias, hold):
     mutates_args=(),
     schema=f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _backward(grad, u, delta, A, B, C, D, delta_bias, hold):
+def _backward(
+    grad: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    hold: Tensor | None,
+) -> tuple[Tensor, ...]:
     _check(u, delta, A, B, C, D, delta_bias, hold)
     checks.expect_gradient(OP, grad, u)
     inputs = (u, delta, A, B, C, D, delta_bias)
@@ -123,15 +162,25 @@ def _backward(grad, u, delta, A, B, C, D, delta_bias, hold):
 
 
 @_backward.register_fake
-def _(grad, u, delta, A, B, C, D, delta_bias, hold):
+def _(
+    grad: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    hold: Tensor | None,
+) -> tuple[Tensor, ...]:
     return zeros_like_inputs((u, delta, A, B, C, D, delta_bias))
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _autograd(ctx, grad):
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     grads = torch.ops.ssmamba.directional_scan_backward(grad, *saved)
     return (*(None if x is None else g for x, g in zip(saved, grads)), None)
@@ -144,13 +193,28 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.ssmamba.directional_scan)
-def directional_scan_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
+def directional_scan_flops(
+    u_shape: tuple[int, ...],
+    delta_shape: tuple[int, ...],
+    A_shape: tuple[int, ...],
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
     """Floating point operations of one forward pass."""
     batch, height, width, channels = u_shape
     return DIRECTIONS * batch * height * width * channels * (7 * A_shape[2] + 4)
 
 
 @register_flop_formula(torch.ops.ssmamba.directional_scan_backward)
-def directional_scan_backward_flops(grad_shape, u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
+def directional_scan_backward_flops(
+    grad_shape: tuple[int, ...],
+    u_shape: tuple[int, ...],
+    delta_shape: tuple[int, ...],
+    A_shape: tuple[int, ...],
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
     """Floating point operations of one backward pass: the states again, and about twice as much for the gradients."""
     return 3 * directional_scan_flops(u_shape, delta_shape, A_shape)

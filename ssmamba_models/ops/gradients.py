@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def like_inputs(inputs: Sequence[Tensor | None], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def like_inputs(inputs: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Each gradient in its input's dtype, contiguous; an empty tensor (schemas have no optional results) for None."""
     first = inputs[0]
     return tuple(
@@ -16,7 +17,7 @@ def like_inputs(inputs: Sequence[Tensor | None], grads: Sequence[Tensor]) -> tup
     )
 
 
-def zeros_like_inputs(inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+def zeros_like_inputs(inputs: Sequence[Any]) -> tuple[Tensor, ...]:
     """Zeros shaped as :func:`like_inputs` would return them."""
     first = inputs[0]
     return tuple(

@@ -5,6 +5,9 @@ For comparison only (SSMAMBA_BACKEND=reference): nothing selects it by itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,11 +24,13 @@ def unsupported(op: str, dtype: torch.dtype, states: int) -> str:
     return ""
 
 
-def _gradients(function, inputs: tuple[Tensor | None, ...], grads: tuple[Tensor, ...]) -> list[Tensor]:
+def _gradients(
+    function: Callable[..., Any], inputs: tuple[Tensor | None, ...], grads: tuple[Tensor, ...]
+) -> list[Tensor]:
     """vjp of `function` over those inputs that are given; an empty tensor for each that is None."""
     given = [i for i, x in enumerate(inputs) if x is not None]
 
-    def call(*tensors: Tensor):
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         filled = list(inputs)
         for i, x in zip(given, tensors):
             filled[i] = x
@@ -40,25 +45,64 @@ def _gradients(function, inputs: tuple[Tensor | None, ...], grads: tuple[Tensor,
     return result
 
 
-def directional_scan(u, delta, A, B, C, D, delta_bias, hold) -> Tensor:
+def directional_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    hold: Tensor | None,
+) -> Tensor:
     """See :func:`ssmamba_models.ops.directional_scan`."""
     return reference.directional_scan(u, delta, A, B, C, D, delta_bias, hold).contiguous()
 
 
-def directional_scan_backward(grad, u, delta, A, B, C, D, delta_bias, hold) -> tuple[Tensor, ...]:
+def directional_scan_backward(
+    grad: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    hold: Tensor | None,
+) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D and delta_bias."""
     function = lambda *inputs: reference.directional_scan(*inputs, hold)  # noqa: E731
     return tuple(_gradients(function, (u, delta, A, B, C, D, delta_bias), (grad,)))
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor]:
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
     """See :func:`ssmamba_models.ops.selective_scan`."""
     y, state = reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return y.contiguous(), state
 
 
 def selective_scan_backward(
-    grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+    grad: Tensor,
+    grad_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias."""
     function = lambda *inputs: reference.selective_scan(*inputs, delta_softplus)  # noqa: E731
@@ -68,12 +112,14 @@ def selective_scan_backward(
     return tuple(_gradients(function, (u, delta, A, B, C, D, z, delta_bias), (grad, grad_state)))
 
 
-def causal_conv1d(x, weight, bias, silu) -> Tensor:
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """See :func:`ssmamba_models.ops.causal_conv1d`."""
     return reference.causal_conv1d(x, weight, bias, "silu" if silu else None).contiguous()
 
 
-def causal_conv1d_backward(grad, x, weight, bias, silu) -> tuple[Tensor, Tensor, Tensor]:
+def causal_conv1d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     function = lambda *inputs: reference.causal_conv1d(*inputs, "silu" if silu else None)  # noqa: E731
     return tuple(_gradients(function, (x, weight, bias), (grad,)))

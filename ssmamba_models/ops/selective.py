@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -93,7 +95,16 @@ def _same_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     return B, C
 
 
-def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
+def _check(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> None:
     """Run by the operator itself: scripted and exported models call it without the public function."""
     checks.expect_tensors(OP, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     checks.expect_operator_dtypes(OP, (u, delta, B, C, z), (A, D, delta_bias))
@@ -123,7 +134,17 @@ def _state_dtype(u: Tensor) -> torch.dtype:
 
 
 @torch.library.custom_op("ssmamba::selective_scan", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
-def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+def _forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
     _check(u, delta, A, B, C, D, z, delta_bias)
     if u.numel() == 0:
         return u.new_empty(u.shape), A.new_zeros(u.shape[0], *A.shape, dtype=_state_dtype(u))
@@ -132,7 +153,17 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
 
 
 @_forward.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+def _(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, ...]:
     _check(u, delta, A, B, C, D, z, delta_bias)
     return u.new_empty(u.shape), A.new_empty(u.shape[0], *A.shape, dtype=_state_dtype(u))
 
@@ -143,7 +174,19 @@ def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     schema=f"(Tensor grad, Tensor? grad_state, {_INPUTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _backward(grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+def _backward(
+    grad: Tensor,
+    grad_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, ...]:
     _check(u, delta, A, B, C, D, z, delta_bias)
     checks.expect_gradient(OP, grad, u)
     checks.expect_shape(OP, "the state's gradient", grad_state, "B, D, N", (u.shape[0], *A.shape))
@@ -158,18 +201,30 @@ def _backward(grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softp
 
 
 @_backward.register_fake
-def _(grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+def _(
+    grad: Tensor,
+    grad_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, ...]:
     return zeros_like_inputs((u, delta, A, B, C, D, z, delta_bias))
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.delta_softplus = inputs
     ctx.save_for_backward(*tensors)
     # The state is seldom used: no gradient for it should stay None, not become zeros.
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, grad, grad_state):
+def _autograd(ctx: Any, grad: Tensor, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(saved[0])
@@ -184,7 +239,14 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.ssmamba.selective_scan)
-def selective_scan_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
+def selective_scan_flops(
+    u_shape: tuple[int, ...],
+    delta_shape: tuple[int, ...],
+    A_shape: tuple[int, ...],
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
     """Floating point operations of one forward pass."""
     batch, channels, length = u_shape
     return batch * channels * length * (7 * A_shape[1] + 6)
@@ -192,7 +254,14 @@ def selective_scan_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, *
 
 @register_flop_formula(torch.ops.ssmamba.selective_scan_backward)
 def selective_scan_backward_flops(
-    grad_shape, grad_state_shape, u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs
+    grad_shape: tuple[int, ...],
+    grad_state_shape: tuple[int, ...],
+    u_shape: tuple[int, ...],
+    delta_shape: tuple[int, ...],
+    A_shape: tuple[int, ...],
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
 ) -> int:
     """Floating point operations of one backward pass: the states again, and about twice as much for the gradients."""
     return 3 * selective_scan_flops(u_shape, delta_shape, A_shape)

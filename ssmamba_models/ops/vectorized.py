@@ -10,7 +10,9 @@ near :data:`WORKING_SET` elements (larger ones cost more in page faults and cach
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,11 +114,11 @@ def _image_slices(u: Tensor, states: int) -> list[slice]:
     return [slice(i, i + step) for i in range(0, batch, step)]
 
 
-def _cut(piece: slice, *tensors: Tensor | None) -> list[Tensor | None]:
+def _cut(piece: slice, *tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x[piece] for x in tensors]
 
 
-def _joined(results: list[tuple[Tensor, ...]], per_image: tuple[bool, ...]) -> tuple[Tensor, ...]:
+def _joined(results: Sequence[tuple[Tensor, ...]], per_image: tuple[bool, ...]) -> tuple[Tensor, ...]:
     """Results of pieces of a batch: concatenated where they are per image, added where they are of parameters."""
     return tuple(
         torch.cat(parts) if concatenate else torch.stack(parts).sum(0)
@@ -131,7 +133,9 @@ def _compute_dtype(u: Tensor) -> torch.dtype:
 # ---- directional_scan: one direction after another, so that the large arrays exist once, not four times ----
 
 
-def _direction(k, u, pre, A, B, C, hold, dtype):
+def _direction(
+    k: int, u: Tensor, pre: Tensor, A: Tensor, B: Tensor, C: Tensor, hold: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
     """The arguments of the sequence core in direction k, and the mask of the steps that are not held."""
     u, pre = (to_sequence(x, k)[:, :, None] for x in (u, pre))
     b, c = (to_sequence(x[..., k : k + 1, :], k).to(dtype) for x in (B, C))
@@ -145,13 +149,31 @@ def _with_bias(delta: Tensor, delta_bias: Tensor | None, k: int) -> Tensor:
     return delta if delta_bias is None else delta + delta_bias[k].to(delta.dtype)
 
 
-def directional_scan(u, delta, A, B, C, D, delta_bias, hold) -> Tensor:
+def directional_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    hold: Tensor | None,
+) -> Tensor:
     """See :func:`ssmamba_models.ops.directional_scan`."""
     pieces = [_cut(s, u, delta, B, C, hold) for s in _image_slices(u, A.shape[2])]
     return torch.cat([_scan_maps(u, delta, A, B, C, D, delta_bias, hold) for u, delta, B, C, hold in pieces])
 
 
-def _scan_maps(u, delta, A, B, C, D, delta_bias, hold) -> Tensor:
+def _scan_maps(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    hold: Tensor | None,
+) -> Tensor:
     dtype, (height, width) = _compute_dtype(u), u.shape[1:3]
     x, delta = u.to(dtype), delta.to(dtype)
     y = torch.zeros_like(x) if D is None else D.to(dtype) * x
@@ -161,19 +183,40 @@ def _scan_maps(u, delta, A, B, C, D, delta_bias, hold) -> Tensor:
     return y.to(u.dtype).contiguous()
 
 
-def directional_scan_backward(grad, u, delta, A, B, C, D, delta_bias, hold) -> tuple[Tensor, ...]:
+def directional_scan_backward(
+    grad: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    hold: Tensor | None,
+) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D and delta_bias."""
     pieces = [_cut(s, grad, u, delta, B, C, hold) for s in _image_slices(u, A.shape[2])]
     results = [_scan_maps_backward(g, u, delta, A, B, C, D, delta_bias, hold) for g, u, delta, B, C, hold in pieces]
     return _joined(results, (True, True, False, True, True, False, False))
 
 
-def _scan_maps_backward(grad, u, delta, A, B, C, D, delta_bias, hold) -> tuple[Tensor, ...]:
+def _scan_maps_backward(
+    grad: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    hold: Tensor | None,
+) -> tuple[Tensor, ...]:
     dtype, (height, width) = _compute_dtype(u), u.shape[1:3]
     x, delta, grad = u.to(dtype), delta.to(dtype), grad.to(dtype)
     dD = (grad * x).sum((0, 1, 2))
     du = torch.zeros_like(x) if D is None else D.to(dtype) * grad
     ddelta = torch.zeros_like(x)
+    dA: Any
     dA, dB, dC, dbias = [], [], [], []
     for k in range(DIRECTIONS):
         seq, pre, dt, a, b, c = _direction(k, x, _with_bias(delta, delta_bias, k), A, B, C, hold, dtype)
@@ -197,7 +240,9 @@ def _scan_maps_backward(grad, u, delta, A, B, C, D, delta_bias, hold) -> tuple[T
 # ---- selective_scan ----
 
 
-def _grouped(u, delta, A, B, C, delta_bias, delta_softplus):
+def _grouped(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, delta_bias: Tensor | None, delta_softplus: bool
+) -> tuple[Tensor, ...]:
     """The arguments of the sequence core, and delta before softplus."""
     dtype, groups = _compute_dtype(u), B.shape[1]
     pre = delta.to(dtype)
@@ -213,7 +258,17 @@ def _ungrouped(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor]:
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
     """See :func:`ssmamba_models.ops.selective_scan`."""
     pieces = [_cut(s, u, delta, B, C, z) for s in _image_slices(u, A.shape[1])]
     results = [
@@ -222,7 +277,17 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple
     return _joined(results, (True, True))
 
 
-def _scan_sequences(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor]:
+def _scan_sequences(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
     dtype = _compute_dtype(u)
     seq, _, dt, a, b, c = _grouped(u, delta, A, B, C, delta_bias, delta_softplus)
     y, state = _scan(seq, dt, a, b, c)
@@ -233,7 +298,17 @@ def _scan_sequences(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tupl
 
 
 def selective_scan_backward(
-    grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+    grad: Tensor,
+    grad_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias."""
     pieces = [_cut(s, grad, grad_state, u, delta, B, C, z) for s in _image_slices(u, A.shape[1])]
@@ -245,7 +320,17 @@ def selective_scan_backward(
 
 
 def _scan_sequences_backward(
-    grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+    grad: Tensor,
+    grad_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
 ) -> tuple[Tensor, ...]:
     dtype = _compute_dtype(u)
     seq, pre, dt, a, b, c = _grouped(u, delta, A, B, C, delta_bias, delta_softplus)
@@ -272,7 +357,7 @@ def _scan_sequences_backward(
 # ---- causal_conv1d ----
 
 
-def causal_conv1d(x, weight, bias, silu) -> Tensor:
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """See :func:`ssmamba_models.ops.causal_conv1d`."""
     dtype, taps = _compute_dtype(x), weight.shape[1]
     y = _convolve(x.to(dtype), weight.to(dtype), bias, taps)
@@ -287,7 +372,9 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, taps: int) -> Tens
         return F.conv1d(F.pad(x, (taps - 1, 0)), weight[:, None], bias, groups=x.shape[1])
 
 
-def causal_conv1d_backward(grad, x, weight, bias, silu) -> tuple[Tensor, Tensor, Tensor]:
+def causal_conv1d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     dtype, taps, length = _compute_dtype(x), weight.shape[1], x.shape[2]
     wide, kernel, dy = x.to(dtype), weight.to(dtype), grad.to(dtype)

@@ -71,7 +71,13 @@ class GigaSSLSparse(GigaSSLEncoder):
     Source: Lazard et al., Giga-SSL (arXiv:2212.03273), section 3; blocks of ResNet (arXiv:1512.03385).
     """
 
-    def __init__(self, feature_dim: int, embed_dim: int = 512, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        feature_dim: int,
+        embed_dim: int = 512,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(feature_dim, embed_dim)
         dd = {"device": device, "dtype": dtype}
         self.down = SparseConv(feature_dim, embed_dim, **dd)
@@ -115,7 +121,13 @@ class GigaSSLMlp(GigaSSLEncoder):
     Source: Lazard et al., Giga-SSL (arXiv:2212.03273), the variant without convolutions.
     """
 
-    def __init__(self, feature_dim: int, embed_dim: int = 512, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        feature_dim: int,
+        embed_dim: int = 512,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(feature_dim, embed_dim)
         dd = {"device": device, "dtype": dtype}
         self.first = nn.Linear(feature_dim, embed_dim, **dd)

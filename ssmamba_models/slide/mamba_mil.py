@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -26,7 +28,14 @@ class BidirectionalMamba(nn.Module):
     must come last.
     """
 
-    def __init__(self, dim: int, checkpoint_above: int = 8192, device=None, dtype=None, **mamba) -> None:
+    def __init__(
+        self,
+        dim: int,
+        checkpoint_above: int = 8192,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **mamba: Any,
+    ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.checkpoint_above = checkpoint_above
@@ -86,8 +95,8 @@ class MambaMIL(Aggregator):
         attention_dim: int = 128,
         dropout: float = 0.25,
         checkpoint_above: int = 8192,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(feature_dim, num_classes)
         dd = {"device": device, "dtype": dtype}

@@ -68,7 +68,9 @@ class SparseConv(nn.Module):
     (arXiv:1502.01852, sec. 2.2, fan out).
     """
 
-    def __init__(self, in_dim: int, out_dim: int, device=None, dtype=None) -> None:
+    def __init__(
+        self, in_dim: int, out_dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(len(_KERNEL), in_dim, out_dim, device=device, dtype=dtype))
         nn.init.normal_(self.weight, std=(2 / (len(_KERNEL) * out_dim)) ** 0.5)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def tissue_contours(mask: TissueMask) -> list[Contour]:
     return sorted(contours, key=lambda contour: -abs(ring_area(contour.outer)))
 
 
-def _require_contourpy():
+def _require_contourpy() -> ModuleType:
     try:
         import contourpy
     except ImportError as error:

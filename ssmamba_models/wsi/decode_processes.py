@@ -107,7 +107,7 @@ class Decoders:
     def __enter__(self) -> Decoders:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

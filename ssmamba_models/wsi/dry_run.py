@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -67,7 +68,9 @@ class DryRun:
         return (self.tiles + self.bag_tiles) / self.tiles_per_second
 
 
-def dry_run(slides, out: str | os.PathLike, plan: ExtractPlan, *, progress: bool = True) -> DryRun:
+def dry_run(
+    slides: Sequence[str | os.PathLike], out: str | os.PathLike, plan: ExtractPlan, *, progress: bool = True
+) -> DryRun:
     """Count tiles and time the model, as `extract_slides` with the same arguments would need them.
 
     Raises:

@@ -214,7 +214,7 @@ class JobFolder(abc.ABC):
     def __enter__(self) -> JobFolder:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

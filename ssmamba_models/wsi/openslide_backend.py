@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from types import ModuleType
+from typing import Any
 
 from PIL import Image
 
@@ -72,7 +73,7 @@ class OpenSlideBackend:
         self.pixel_sizes = _pixel_sizes(properties)
         self.vendor = properties.get("openslide.vendor", "")
 
-    def _open(self):
+    def _open(self) -> Any:
         slide = self._openslide.OpenSlide(self._path)
         # OpenSlide before 4.0 has a cache of fixed size, which is slower and right.
         with contextlib.suppress(self._openslide.OpenSlideVersionError):

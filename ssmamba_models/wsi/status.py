@@ -7,7 +7,7 @@ import csv
 import datetime
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,9 +91,9 @@ class StatusLog:
         end = data.rfind(b"\n") + 1
         self._read_to += end
         for line in data[:end].splitlines():
-            with contextlib.suppress(ValueError, TypeError):
+            with contextlib.suppress(ValueError, RecursionError):
                 event = json.loads(line)
-                if isinstance(event, dict) and "slide" in event and "status" in event:
+                if isinstance(event, dict) and all(isinstance(event.get(key), str) for key in ("slide", "status")):
                     yield event
 
 
@@ -114,7 +114,7 @@ def is_settled(event: Mapping[str, Any], slide: SlideFile, retry_failed: bool) -
 
 
 @contextlib.contextmanager
-def _locked(handle: int):
+def _locked(handle: int) -> Iterator[None]:
     # Over NFS only a lock makes an append go to the end that other machines see. Where there are no locks, one write
     # of a line is still atomic on a local disk.
     try:

@@ -6,6 +6,7 @@ The structs here and there must agree field by field.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _float(x: Tensor | None) -> Tensor | None:
+def _float(x: Tensor | None) -> Any:
     return None if x is None else x.float().contiguous()
 
 
@@ -107,7 +108,16 @@ def _call(function: str, args: ctypes.Structure, tasks: int, cost: float) -> Non
 # ---- directional_scan ----
 
 
-def _directional(u, delta, A, B, C, D, delta_bias, hold) -> tuple[DirectionalArgs, list[Tensor | None]]:
+def _directional(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    hold: Tensor | None,
+) -> tuple[DirectionalArgs, list[Tensor | None]]:
     """The argument struct with its inputs filled in, and the tensors that must outlive it."""
     batch, height, width, channels = u.shape
     u, delta = _pixelwise(u), _pixelwise(delta)
@@ -122,7 +132,16 @@ def _directional(u, delta, A, B, C, D, delta_bias, hold) -> tuple[DirectionalArg
     return args, [u, delta, B, C, A, D, bias, hold]
 
 
-def directional_scan(u, delta, A, B, C, D, delta_bias, hold) -> Tensor:
+def directional_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    hold: Tensor | None,
+) -> Tensor:
     """See :func:`ssmamba_models.ops.directional_scan`."""
     args, keep = _directional(u, delta, A, B, C, D, delta_bias, hold)
     y = torch.empty(u.shape, dtype=u.dtype)
@@ -132,7 +151,17 @@ def directional_scan(u, delta, A, B, C, D, delta_bias, hold) -> Tensor:
     return y
 
 
-def directional_scan_backward(grad, u, delta, A, B, C, D, delta_bias, hold) -> tuple[Tensor, ...]:
+def directional_scan_backward(
+    grad: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    hold: Tensor | None,
+) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D and delta_bias; those of A, D, delta_bias, B and C in float32."""
     args, keep = _directional(u, delta, A, B, C, D, delta_bias, hold)
     grad = _pixelwise(grad)
@@ -153,7 +182,17 @@ def directional_scan_backward(grad, u, delta, A, B, C, D, delta_bias, hold) -> t
 # ---- selective_scan ----
 
 
-def _selective(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[SelectiveArgs, list[Tensor | None]]:
+def _selective(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[SelectiveArgs, list[Tensor | None]]:
     batch, channels, length = u.shape
     u, delta = u.contiguous(), delta.contiguous()
     z = None if z is None else z.contiguous()
@@ -168,7 +207,17 @@ def _selective_blocks(args: SelectiveArgs) -> int:
     return -(-(args.channels // args.groups) // LANES)
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor]:
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
     """See :func:`ssmamba_models.ops.selective_scan`; y and the last state (float32)."""
     args, keep = _selective(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     y, state = torch.empty(u.shape, dtype=u.dtype), torch.empty(args.batch, args.channels, args.states)
@@ -180,7 +229,17 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple
 
 
 def selective_scan_backward(
-    grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+    grad: Tensor,
+    grad_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias; those of A, B, C, D and delta_bias in float32."""
     args, keep = _selective(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
@@ -202,14 +261,14 @@ def selective_scan_backward(
 # ---- causal_conv1d ----
 
 
-def _conv(x, weight, bias, silu) -> tuple[ConvArgs, list[Tensor | None]]:
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[ConvArgs, list[Tensor | None]]:
     x, weight, bias = x.contiguous(), _float(weight), _float(bias)
     args = ConvArgs(*x.shape, weight.shape[1], DTYPES[x.dtype], int(silu))
     args.x, args.weight, args.bias = x.data_ptr(), weight.data_ptr(), _address(bias)
     return args, [x, weight, bias]
 
 
-def causal_conv1d(x, weight, bias, silu) -> Tensor:
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """See :func:`ssmamba_models.ops.causal_conv1d`."""
     args, keep = _conv(x, weight, bias, silu)
     y = torch.empty(x.shape, dtype=x.dtype)
@@ -219,7 +278,9 @@ def causal_conv1d(x, weight, bias, silu) -> Tensor:
     return y
 
 
-def causal_conv1d_backward(grad, x, weight, bias, silu) -> tuple[Tensor, Tensor, Tensor]:
+def causal_conv1d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, the latter two in float32."""
     args, keep = _conv(x, weight, bias, silu)
     grad = grad.contiguous()

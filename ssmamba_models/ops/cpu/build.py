@@ -7,6 +7,7 @@ nothing but setuptools.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from setuptools.command.build_ext import build_ext
 
@@ -20,6 +21,6 @@ class BuildExt(build_ext):
             for extension in self.extensions:
                 extension.optional = False
 
-    def get_export_symbols(self, ext):
+    def get_export_symbols(self, ext: Any) -> list[str]:
         # The library is opened with ctypes, never imported, so there is no PyInit function to export.
         return ext.export_symbols

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -41,7 +42,7 @@ def _executor(size: int) -> ThreadPoolExecutor:
 
 
 @functools.cache
-def _openmp() -> tuple[int, int, int] | None:
+def _openmp() -> tuple[int | None, ...] | None:
     """Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads in torch's OpenMP runtime, or None.
 
     GNU's runtime has these, and so have LLVM's and Intel's. Only the copy that lies in torch's own folder will do:
@@ -81,7 +82,7 @@ def run_tasks(library: ctypes.CDLL, function: str, arguments_address: int, tasks
         raise MemoryError("the C scan kernels could not allocate their scratch memory: use smaller images or batches")
 
 
-def _run_on_pool(kernel, arguments_address: int, tasks: int, threads: int) -> int:
+def _run_on_pool(kernel: Callable[..., int], arguments_address: int, tasks: int, threads: int) -> int:
     edges = [tasks * i // threads for i in range(threads + 1)]
     pool = _executor(threads - 1)
     futures = [pool.submit(kernel, arguments_address, *edges[i : i + 2]) for i in range(1, threads)]
