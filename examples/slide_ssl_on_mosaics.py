@@ -4,15 +4,18 @@ python examples/slide_ssl_on_mosaics.py --quick --out slides             # synth
 python examples/slide_ssl_on_mosaics.py --data lc25000 --model ssmamba_small --out slides
 
 Two questions are asked of the same slides. `mixture`: is there more of the second tissue or of the first? `layout`: do
-the tissues lie in regions, or scattered? The mixture is drawn alike for both layouts, so the mean of a slide's tiles
-cannot answer that one. No label is seen in pretraining; a patient's tiles come from groups that no other patient has,
-and is never divided between training and test. Each variant is trained once per seed; AUC of a logistic regression from
---labelled slides, with an interval over patients and draws (bootstrap). The table is OUT/slide_ssl.md. What is done is
-kept: the same line again goes on.
+the second's tiles lie around one place, or scattered? The mixture is drawn alike for both layouts, so the mean of a
+slide's tiles cannot answer that one. Each patient has slides of every mixture and layout, of the same few tiles, which
+no other patient has: who the patient is tells nothing of the answer. No label is seen in pretraining, and no patient is
+divided between training and test. Tiles are reduced to their principal components, which makes a training short.
+
+Each variant is trained once per seed; AUC of a logistic regression from --labelled slides, with an interval over
+patients and draws (bootstrap). The table is OUT/slide_ssl.md. What is done is kept: the same line again goes on.
 """
 
 import argparse
 import csv
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -33,53 +36,114 @@ from ssmamba_models.engine.slide_pretrain import SlidePretrainConfig, pretrain_s
 from ssmamba_models.evaluation.bootstrap import Estimate, compare
 from ssmamba_models.evaluation.slide_data import label_slides
 from ssmamba_models.evaluation.slide_scoring import SlideSettings, SlideTask, score_vectors
+from ssmamba_models.output import whole_file
 from ssmamba_models.wsi.shared_aug import draw_augmentation
 
-# Narrow models: the whole takes half an hour on one core.
+# Narrow models: an hour on one core.
 GIGASSL = {
     "method": "gigassl",
     "model": "gigassl_scm",
-    "model_args": {"embed_dim": 128},
-    "batch_size": 64,
-    "lr": 1e-3,
+    "model_args": {"embed_dim": 64},
+    "method_args": {"temperature": 0.1, "hidden_dim": 256, "out_dim": 128},
+    "view_args": {"tiles": 128},
+    "epochs": 40,
+    "batch_size": 48,
+    "lr": 2e-3,
 }
-PAMA = {"method": "pama", "model": "pama_small", "batch_size": 32, "lr": 1e-3, "method_args": {"decoder_dim": 128}}
-PAMA_ARGS = {"embed_dim": 128, "depth": 2, "num_heads": 4, "tiles_per_anchor": 16}
+PAMA_ARGS = {"embed_dim": 64, "depth": 2, "num_heads": 4, "tiles_per_anchor": 16}
+PAMA = {
+    "method": "pama",
+    "model": "pama_small",
+    "model_args": PAMA_ARGS,
+    "method_args": {"decoder_dim": 64, "decoder_heads": 4},
+    "epochs": 40,
+    "batch_size": 24,
+    "lr": 2e-3,
+}
 # Variant -> (settings of SlidePretrainConfig, options of the embedding).
 VARIANTS = {
-    "gigassl": ({**GIGASSL, "epochs": 30}, {}),
-    "gigassl, plain features": ({**GIGASSL, "epochs": 30, "view_args": {"shared_aug": False}}, {}),
-    "gigassl, 64 tiles, plain": (
-        {**GIGASSL, "epochs": 15, "view_args": {"shared_aug": False, "tiles": 64}},
-        {"tiles": 64, "views": 10},
-    ),
-    "pama": ({**PAMA, "epochs": 15, "model_args": PAMA_ARGS}, {}),
-    "pama, no KRO": ({**PAMA, "epochs": 15, "model_args": {**PAMA_ARGS, "kro": False}}, {}),
-    "pama, no anchor dropout": ({**PAMA, "epochs": 15, "model_args": {**PAMA_ARGS, "anchor_drop_rate": 0.0}}, {}),
+    "gigassl": (GIGASSL, {"tiles": "all"}),
+    "gigassl, plain features": ({**GIGASSL, "view_args": {"tiles": 128, "shared_aug": False}}, {"tiles": "all"}),
+    "gigassl, 5 tiles": ({**GIGASSL, "view_args": {"tiles": 5, "shared_aug": False}}, {"tiles": "all"}),
+    "pama": (PAMA, {}),
+    "pama, no KRO": ({**PAMA, "model_args": {**PAMA_ARGS, "kro": False}}, {}),
+    "pama, no anchor dropout": ({**PAMA, "model_args": {**PAMA_ARGS, "anchor_drop_rate": 0.0}}, {}),
 }
 QUICK = ("gigassl", "pama")
 QUESTIONS = ("mixture", "layout")
 
 
 class SharedBags:
-    """Makes the bags of shared augmentation of a mosaic: (A, n, D) features and the cells (A, n) that they are of."""
+    """The bags of shared augmentation of a mosaic: (A, n, D) features and the cells (A, n) that they are of.
 
-    def __init__(self, tiles, encoder, bags, bag_tiles):
-        self.tiles, self.encoder, self.bags, self.bag_tiles = tiles, encoder, bags, bag_tiles
+    A patient's tiles are altered A times, all alike, and embedded once for all of the patient's mosaics; each bag of a
+    mosaic draws its cells anew. `altered` (A, M, D) holds the features of the M (patient, tile) pairs of `rows`.
+    """
 
-    @torch.inference_mode()
+    def __init__(self, rows, altered, bag_tiles):
+        self.place = {row: place for place, row in enumerate(rows)}
+        self.altered, self.bag_tiles = altered, bag_tiles
+
     def __call__(self, mosaic):
-        config = self.encoder.data_config
-        size = config["input_size"][1:]
-        dice = np.random.default_rng(int(mosaic.name.split("_")[1]) * 1000 + int(mosaic.name.split("_")[2]))
-        cells = dice.integers(mosaic.tiles.size, size=(self.bags, self.bag_tiles))
-        features = []
-        for bag in cells:
-            paths = [self.tiles.root / self.tiles.paths[index] for index in mosaic.tiles.reshape(-1)[bag]]
-            images = torch.stack([transforms.to_image(read_tile(path).resize(size)) for path in paths]).float() / 255
-            images = transforms.normalize(draw_augmentation(dice)(images), config["mean"], config["std"])
-            features.append(self.encoder.embed(images))
-        return np.stack(features), cells
+        dice = np.random.default_rng([int(part) for part in mosaic.name.split("_")[1:]])
+        cells = dice.integers(mosaic.tiles.size, size=(len(self.altered), self.bag_tiles))
+        places = np.array([self.place[mosaic.patient, tile] for tile in mosaic.tiles.reshape(-1).tolist()])
+        return np.stack([bag[places[drawn]] for bag, drawn in zip(self.altered, cells)]), cells
+
+
+@torch.inference_mode()
+def embed_altered(tiles, rows, encoder, bags):
+    """(A, M, D): for each (patient, tile) its feature under each of its patient's A augmentations."""
+    config = encoder.data_config
+    features = []
+    for patient, own in itertools.groupby(rows, key=lambda row: row[0]):
+        images = [read_tile(tiles.root / tiles.paths[tile]).resize(config["input_size"][1:]) for _, tile in own]
+        images = torch.stack([transforms.to_image(image) for image in images]).float() / 255
+        dice = np.random.default_rng(int(patient.split("_")[1]))
+        altered = [draw_augmentation(dice)(images) for _ in range(bags)]
+        normalised = (transforms.normalize(one, config["mean"], config["std"]) for one in altered)
+        features.append(np.stack([encoder.embed(one) for one in normalised]))
+        print(f"{patient}: {bags} augmentations of {len(images)} tiles", flush=True)
+    return np.concatenate(features, axis=1)
+
+
+def altered_features(arguments, tiles, mosaics):
+    """The (patient, tile) pairs of the mosaics, and their features under shared augmentation, embedded once."""
+    rows = sorted({(mosaic.patient, tile) for mosaic in mosaics for tile in mosaic.tiles.reshape(-1).tolist()})
+    file = arguments.out / "altered.npy"
+    if not file.exists():
+        encoder = load_encoder(arguments.model, pretrained=not arguments.quick, img_size=arguments.img_size)
+        altered = embed_altered(tiles, rows, encoder, arguments.bags)
+        with whole_file(file) as part, open(part, "wb") as stream:
+            np.save(stream, altered)
+    return rows, np.load(file)
+
+
+def principal_components(features, count):
+    """A projection to the first principal components, of unit variance on average; no label is read."""
+    mean = features.mean(0)
+    _, values, axes = np.linalg.svd(features - mean, full_matrices=False)
+    scale = np.sqrt(np.square(values[:count]).mean() / len(features))
+    return lambda x: ((x - mean) @ axes[:count].T / scale).astype(np.float32)
+
+
+def assemble(arguments, tiles):
+    """The slides: each patient has as many of every mixture and layout."""
+    first, second = arguments.tissues
+    kinds = {
+        f"{mixture}-{layout}": MosaicKind({second: tuple(shares), first: None}, layout)
+        for mixture, shares in (("less", arguments.less), ("more", arguments.more))
+        for layout in ("scattered", "compact")
+    }
+    return assemble_mosaics(
+        tiles,
+        kinds,
+        patients=arguments.patients,
+        slides_per_patient=arguments.slides,
+        shape=(arguments.cells, arguments.cells),
+        every_label=True,
+        tiles_per_class=arguments.pool,
+    )
 
 
 def write_slides(arguments) -> Path:
@@ -88,24 +152,20 @@ def write_slides(arguments) -> Path:
     if (folder / LABELS).exists():
         return folder
     data = arguments.data or write_synthetic_tiles(arguments.out / "tiles", tiles_per_kind=40, size=64)
-    pretrained = not arguments.quick
     file = arguments.features or arguments.out / "tiles.h5"
     if not file.exists():
-        embed_folder(data, file, arguments.model, pretrained=pretrained, img_size=arguments.img_size)
+        embed_folder(data, file, arguments.model, pretrained=not arguments.quick, img_size=arguments.img_size)
     stored, tiles = read_features(file), read_tiles(data)
     place = {path: row for row, path in enumerate(stored.paths)}
     features = stored.features[[place[path] for path in tiles.paths]]
-    first, second = arguments.tissues
-    kinds = {
-        f"{mixture}-{layout}": MosaicKind({first: None, second: shares}, layout)
-        for mixture, shares in (("less", (0.3, 0.45)), ("more", (0.4, 0.55)))
-        for layout in ("scattered", "regions")
-    }
-    shape = (arguments.cells, arguments.cells)
-    mosaics = assemble_mosaics(tiles, kinds, patients=arguments.patients, shape=shape)
-    encoder = load_encoder(arguments.model, pretrained=pretrained, img_size=arguments.img_size)
-    bags = SharedBags(tiles, encoder, arguments.bags, arguments.bag_tiles)
-    write_mosaic_features(mosaics, features, stored.attributes, folder, bags=bags)
+    mosaics = assemble(arguments, tiles)
+    bags = None
+    project = principal_components(features[np.isin(tiles.labels, arguments.tissues)], arguments.components)
+    if arguments.bags:
+        rows, altered = altered_features(arguments, tiles, mosaics)
+        bags = SharedBags(rows, project(altered), arguments.bag_tiles)
+    attributes = {**stored.attributes, "principal_components": arguments.components}
+    write_mosaic_features(mosaics, project(features), attributes, folder, bags=bags)
     return folder
 
 
@@ -179,10 +239,15 @@ def main():
     parser.add_argument("--model", default="ssmamba_small", help="tile encoder; default: %(default)s")
     parser.add_argument("--img-size", type=int, default=96, help="its input; default: %(default)s")
     parser.add_argument("--tissues", nargs=2, default=["lung_n", "lung_aca"], help="two classes; default: %(default)s")
-    parser.add_argument("--patients", type=int, default=100, help="with two slides each; default: %(default)s")
+    parser.add_argument("--less", nargs=2, type=float, default=[0.35, 0.48], help="share of the second: %(default)s")
+    parser.add_argument("--more", nargs=2, type=float, default=[0.52, 0.65], help="share of the second: %(default)s")
+    parser.add_argument("--patients", type=int, default=24, help="default: %(default)s")
+    parser.add_argument("--slides", type=int, default=8, help="of a patient; default: %(default)s")
     parser.add_argument("--cells", type=int, default=12, help="tiles along a slide's side; default: %(default)s")
-    parser.add_argument("--bags", type=int, default=6, help="of shared augmentation per slide; default: %(default)s")
-    parser.add_argument("--bag-tiles", type=int, default=10, help="tiles of a bag; default: %(default)s")
+    parser.add_argument("--pool", type=int, default=16, help="a patient's tiles of each tissue; default: %(default)s")
+    parser.add_argument("--components", type=int, default=32, help="principal components kept; default: %(default)s")
+    parser.add_argument("--bags", type=int, default=3, help="of shared augmentation per slide; default: %(default)s")
+    parser.add_argument("--bag-tiles", type=int, default=288, help="tiles of a bag; default: %(default)s")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="default: all")
     parser.add_argument("--labelled", default="50", help="training slides: 50, 25%%, all, ...; default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
@@ -193,7 +258,8 @@ def main():
         parser.error("give --data FOLDER, or --quick to look at synthetic tiles")
     if arguments.quick:
         arguments.data, arguments.model, arguments.img_size = None, "test_ssmamba", 64
-        arguments.tissues, arguments.patients, arguments.cells, arguments.seeds = ["stroma", "solid"], 12, 6, 1
+        arguments.tissues, arguments.patients, arguments.cells, arguments.seeds = ["stroma", "solid"], 6, 6, 1
+        arguments.slides, arguments.pool, arguments.components = 4, 4, 8
         arguments.bags, arguments.bag_tiles, arguments.labelled, arguments.variants = 2, 4, "all", list(QUICK)
     arguments.out.mkdir(parents=True, exist_ok=True)
     folder = write_slides(arguments)
