@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-_UNFINISHED = re.compile(r"\..*\.[0-9a-f]{8}\.part(\..*)?")
+_UNFINISHED = re.compile(r"\..*\.[0-9a-f]{8}\.part(\..*)?|\.ssmamba-probe-[0-9a-f]{8}")
 
 
 def check_output(path: str | os.PathLike, overwrite: bool = False) -> Path:
@@ -103,7 +103,7 @@ def whole_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
 
 
 def is_unfinished(path: str | os.PathLike) -> bool:
-    """Whether a file's name is one of those that `whole_file` writes to: what a killed process leaves behind."""
+    """Whether a file is one that `whole_file` or `check_output` makes for a while; killed processes leave them."""
     return _UNFINISHED.fullmatch(Path(path).name) is not None
 
 

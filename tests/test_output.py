@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ssmamba_models.output import check_output, whole_file
+from ssmamba_models.output import check_output, is_unfinished, remove_unfinished, whole_file
 
 
 def test_a_writable_place_is_left_as_it_was(tmp_path):
@@ -64,3 +64,13 @@ def test_a_block_that_raises_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError):
         write_half()
     assert os.listdir(tmp_path) == []
+
+
+def test_what_killed_processes_leave_is_removed_and_nothing_else(tmp_path):
+    left = [".ssmamba-probe-0123abcd", ".a.0123abcd.part.png", ".a.0123abcd.part"]
+    kept = [".hidden", "a.part", ".ssmamba-probe-mine"]
+    for name in left + kept:
+        (tmp_path / name).touch()
+    assert [name for name in left + kept if is_unfinished(name)] == left
+    remove_unfinished(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssmamba_models.data.csv_rows import read_csv_rows
+from ssmamba_models.data.csv_rows import column_places, read_csv_rows
 from ssmamba_models.data.tiles import TileFolder, find_tiles
 
 MANIFEST = "manifest.csv"
@@ -151,7 +151,7 @@ def read_manifest(manifest: Path) -> LabelledTiles:
     """The tiles that a manifest lists; raises as `read_tiles`, which reads the manifest of a folder."""
     root = manifest.parent
     header, rows = read_csv_rows(manifest, "tile")
-    names = {name.strip().lower(): place for place, name in enumerate(header)}
+    names = column_places(manifest, header, ("path", *LABEL_COLUMNS, "group", "split"))
     if "path" not in names:
         raise ValueError(
             f"{str(manifest)!r} has no column 'path' (its columns: {', '.join(header)}); expected a first line such "

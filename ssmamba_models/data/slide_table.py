@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ssmamba_models.data.csv_rows import read_csv_rows
+from ssmamba_models.data.csv_rows import column_places, read_csv_rows
 from ssmamba_models.data.tile_geometry import GEOMETRY, clean
 
 # The column's usual name is shorter than the attribute's.
@@ -29,15 +29,15 @@ def read_slide_table(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
         ValueError: it is no CSV, a column is missing, a number is wrong, or a slide has two rows that differ.
     """
     titles, rows = read_csv_rows(Path(path), "slide")
-    header = [name.strip() for name in titles]
-    if "slide" not in header or not set(header) & set(_COLUMNS):
+    places = column_places(Path(path), titles, ("slide", *_COLUMNS))
+    if "slide" not in places or len(places) < 2:
         raise ValueError(
-            f"{os.fspath(path)!r} has the columns {', '.join(sorted(header))}; expected slide and any of "
+            f"{os.fspath(path)!r} has the columns {', '.join(sorted(titles))}; expected slide and any of "
             f"{', '.join(_COLUMNS)}"
         )
     table: dict[str, dict[str, Any]] = {}
     for line, fields in rows:
-        cells = dict(zip(header, (field.strip() for field in fields)))
+        cells = {name: fields[place].strip() for name, place in places.items()}
         where = f"{os.fspath(path)!r} line {line}"
         facts = {_COLUMNS[name]: clean(_COLUMNS[name], cells[name], where) for name in _COLUMNS if cells.get(name)}
         _enter(table, cells["slide"], facts, where)

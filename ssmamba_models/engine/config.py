@@ -224,12 +224,13 @@ def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"the configuration {str(file)!r} does not exist (or is a folder)")
+    text = file.read_bytes()
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.safe_load(text.decode("utf-8"))
         # What refers to itself, or is a page when it is written out, can be neither compared nor saved.
         _check_size(values)
-    # PyYAML raises these itself of numbers, dates and brackets: "2001-99-99", "0x", "[[[[...".
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError, LookupError) as error:
+    # PyYAML raises much else than YAMLError: of "2001-99-99", "0x", "[[[[..." or "!!timestamp x".
+    except Exception as error:
         raise ValueError(f"the configuration {str(file)!r} is not YAML ({' '.join(str(error).split())})") from error
     if values is None:
         return {}

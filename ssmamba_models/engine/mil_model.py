@@ -77,7 +77,10 @@ def load_mil_model(path: str | os.PathLike, device: torch.device | str = "cpu") 
         raise FileNotFoundError(f"{str(file)!r} does not exist; `ssmamba mil train` writes it when all folds are done")
     facts, state = _read(file)
     width, classes = facts["provenance"]["feature_dim"], tuple(facts["classes"])
-    model = create_aggregator(facts["aggregator"], width, len(classes), **facts["arguments"])
+    try:
+        model = create_aggregator(facts["aggregator"], width, len(classes), **facts["arguments"])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{str(file)!r} tells of no aggregator that can be made ({error}); train again") from error
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -97,4 +100,21 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise ValueError(f"{str(file)!r} is damaged, or no safetensors file ({error}); train again") from error
     if _FACTS not in metadata:
         raise ValueError(f"{str(file)!r} holds no trained aggregator; give a run folder of `ssmamba mil train`")
-    return json.loads(metadata[_FACTS]), state
+    return _check_facts(metadata[_FACTS], file), state
+
+
+# What `save_mil_model` writes, and what each is for Python.
+_KINDS = {"aggregator": str, "arguments": dict, "classes": list, "provenance": dict}
+
+
+def _check_facts(text: str, file: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"what {str(file)!r} tells of its aggregator is not JSON ({error}); train again") from error
+    known = isinstance(facts, dict) and all(isinstance(facts.get(name), kind) for name, kind in _KINDS.items())
+    if not known or not facts["classes"] or not all(isinstance(name, str) for name in facts["classes"]):
+        raise ValueError(f"{str(file)!r} does not tell its aggregator, arguments, classes and features; train again")
+    if type(facts["provenance"].get("feature_dim")) is not int:
+        raise ValueError(f"{str(file)!r} does not tell the length of the features that it takes; train again")
+    return facts

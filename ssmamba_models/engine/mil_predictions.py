@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ssmamba_models.data.csv_rows import column_places, read_csv_rows
 from ssmamba_models.output import whole_file
 
 _PROBABILITY = "probability_"
@@ -62,21 +63,19 @@ def read_predictions(path: Path) -> tuple[list[SlidePrediction], tuple[str, ...]
     """
     if not path.is_file():
         raise FileNotFoundError(f"the predictions {str(path)!r} do not exist; `ssmamba mil train` writes them")
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        classes = tuple(name.removeprefix(_PROBABILITY) for name in columns if name.startswith(_PROBABILITY))
-        if not classes or not {"slide", "patient", "fold", "label"} <= set(columns):
-            raise ValueError(f"{str(path)!r} does not hold predictions of slides with labels")
-        rows = [
-            SlidePrediction(
-                row["slide"],
-                int(row["tiles"]),
-                tuple(float(row[_PROBABILITY + name]) for name in classes),
-                row["label"],
-                row["patient"],
-                int(row["fold"]),
-            )
-            for row in reader
-        ]
-    return rows, classes
+    columns, lines = read_csv_rows(path, "slide")
+    classes = tuple(name.removeprefix(_PROBABILITY) for name in columns if name.startswith(_PROBABILITY))
+    places = column_places(path, columns, ("slide", "patient", "fold", "label", "tiles"))
+    if not classes or len(places) < 5 or len(set(classes)) < len(classes):
+        raise ValueError(f"{str(path)!r} does not hold predictions of slides with labels")
+    return [_prediction(path, number, dict(zip(columns, fields)), classes) for number, fields in lines], classes
+
+
+def _prediction(path: Path, line: int, row: dict[str, str], classes: Sequence[str]) -> SlidePrediction:
+    try:
+        chances = tuple(float(row[_PROBABILITY + name]) for name in classes)
+        if not np.isfinite(chances).all():
+            raise ValueError("a probability is not finite")
+        return SlidePrediction(row["slide"], int(row["tiles"]), chances, row["label"], row["patient"], int(row["fold"]))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}, line {line}: {error}; `ssmamba mil train` writes it again") from error

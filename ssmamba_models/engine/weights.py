@@ -88,9 +88,10 @@ def _read_pickle(path: Path) -> tuple[object, dict[str, str]]:
         # timm's own training checkpoints carry their command line, a Namespace, which is data.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:
+        # A file that may not be opened is named; one that is damaged makes torch seek before its beginning.
+        if getattr(error, "filename", None) is not None:
+            raise
         # torch's own message tells how to load it nevertheless: how to run what a stranger wrote.
         blocked = isinstance(error, pickle.UnpicklingError)
         reason = "it holds more than tensors, which may be code, or is damaged" if blocked else first_line(error)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,23 @@ def read_run(weights: Path) -> RunRecord:
     epochs = [line for line in lines if line.get("event") == "epoch"]
     return RunRecord(
         config=_read_config(weights.with_name("config.yaml")),
-        seconds=max((line["seconds"] for line in lines if "seconds" in line), default=None),
-        images=max((line[name] for line in lines for name in _COUNTED if name in line), default=None),
+        seconds=_largest(lines, ("seconds",)),
+        images=_largest(lines, _COUNTED),
         last=_numbers(epochs[-1]) if epochs else {},
     )
+
+
+def _largest(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Any:
+    return max((value for line in lines for name, value in _numeric(line).items() if name in names), default=None)
+
+
+def _numeric(line: Mapping[str, Any]) -> dict[str, Any]:
+    # Also of a log that a disk has damaged: what is no number says nothing.
+    return {
+        key: value
+        for key, value in line.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    }
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -63,7 +77,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # as in engine/config.py
         raise ValueError(f"the run's {str(path)!r} is not YAML ({' '.join(str(error).split())})") from error
     config = config if isinstance(config, dict) else {}
     return {key: _last_part(key, value) for key, value in config.items() if key not in _LOCAL}
@@ -80,7 +94,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # a run that was killed may leave half a line
         if isinstance(line, dict):
             lines.append(line)
@@ -88,8 +102,4 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        key: value
-        for key, value in line.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in _BOOKKEEPING
-    }
+    return {key: value for key, value in _numeric(line).items() if key not in _BOOKKEEPING}

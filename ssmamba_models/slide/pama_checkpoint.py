@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,7 +74,10 @@ def _read(path: Path, name: str) -> Mapping[str, Tensor]:
         raise FileNotFoundError(f"the checkpoint {name} does not exist")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    # Broken files make torch raise what its parts raise: IndexError, OSError, BadZipFile and others.
+    except Exception as error:
+        if getattr(error, "filename", None) is not None:
+            raise
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"the checkpoint {name} cannot be read ({line}): it is damaged, no file of torch.save, or holds more than "

@@ -100,7 +100,13 @@ def load_slide_encoder(place: Place) -> SlideEncoder:
 
     config = read_slide_config(place)
     feature_dim = config["arguments"].get("feature_dim")
-    return create_slide_encoder(config["architecture"], feature_dim, pretrained=place).eval()
+    try:
+        return create_slide_encoder(config["architecture"], feature_dim, pretrained=place).eval()
+    # Arguments that somebody changed fail wherever the encoder first uses them.
+    except Exception as error:
+        if isinstance(error, (OSError, ImportError)) or os.fspath(place) in str(error):
+            raise
+        raise ValueError(f"no slide encoder can be made as {CONFIG} in {os.fspath(place)!r} says ({error})") from error
 
 
 def read_slide_config(place: Place) -> dict[str, Any]:
@@ -117,8 +123,10 @@ def read_slide_config(place: Place) -> dict[str, Any]:
             "`ssmamba slide-pretrain` writes (tile encoders are loaded by timm.create_model)"
         )
     arguments = config.get("arguments")
-    if not isinstance(arguments, dict) or not isinstance(arguments.get("feature_dim"), int):
+    if not isinstance(arguments, dict) or type(arguments.get("feature_dim")) is not int:
         raise ValueError(f"{str(config_file)!r} does not say which features its encoder takes; copy it again")
+    if not isinstance(config["architecture"], str):
+        raise ValueError(f"{str(config_file)!r} does not name its encoder; copy it again")
     if not isinstance(config.setdefault("metadata", {}), dict):
         raise ValueError(f'the "metadata" in {str(config_file)!r} are no mapping; copy it again')
     return config

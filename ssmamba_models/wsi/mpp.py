@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssmamba_models.data.csv_rows import read_csv_rows
+from ssmamba_models.data.csv_rows import column_places, read_csv_rows
 from ssmamba_models.wsi.errors import MissingMppError, UnsupportedSlideError
 
 # Microscope scans lie between 0.05 and 5 um/px; 10 um/px is 2540 dpi, beyond which resolution tags speak of
@@ -138,7 +138,7 @@ def read_mpp_csv(path: str | os.PathLike) -> dict[str, float]:
         ValueError: it is no CSV, a column is missing, a number is wrong, or a slide has two.
     """
     header, rows = read_csv_rows(Path(path), "slide")
-    columns = {name.strip(): place for place, name in enumerate(header)}
+    columns = column_places(Path(path), header, ("slide", "mpp"))
     missing = {"slide", "mpp"} - set(columns)
     if missing:
         raise ValueError(
