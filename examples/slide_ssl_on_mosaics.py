@@ -56,15 +56,15 @@ PAMA = {
     "model": "pama_small",
     "model_args": PAMA_ARGS,
     "method_args": {"decoder_dim": 64, "decoder_heads": 4},
-    "epochs": 40,
-    "batch_size": 24,
-    "lr": 2e-3,
+    "epochs": 20,
+    "batch_size": 8,
+    "lr": 4e-3,
 }
 # Variant -> (settings of SlidePretrainConfig, options of the embedding).
 VARIANTS = {
     "gigassl": (GIGASSL, {"tiles": "all"}),
     "gigassl, plain features": ({**GIGASSL, "view_args": {"tiles": 128, "shared_aug": False}}, {"tiles": "all"}),
-    "gigassl, 5 tiles": ({**GIGASSL, "view_args": {"tiles": 5, "shared_aug": False}}, {"tiles": "all"}),
+    "gigassl, 5 tiles": ({**GIGASSL, "view_args": {"tiles": 5, "shared_aug": False}}, {"tiles": 5, "views": 50}),
     "pama": (PAMA, {}),
     "pama, no KRO": ({**PAMA, "model_args": {**PAMA_ARGS, "kro": False}}, {}),
     "pama, no anchor dropout": ({**PAMA, "model_args": {**PAMA_ARGS, "anchor_drop_rate": 0.0}}, {}),

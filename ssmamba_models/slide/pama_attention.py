@@ -78,8 +78,8 @@ class PACA(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        # Bins 0..64; published checkpoints have one row more. N(0, 1) as there: position counts from the first step.
-        self.distance_embed = nn.Embedding(DISTANCE_BINS + 2, num_heads)
+        # Bins 0..64; published checkpoints have one row more.
+        self.distance_embed = nn.Embedding.from_pretrained(_near_first(num_heads), freeze=False)
         self.polar_embed = nn.Embedding(polar_bins, 1 if shared_polar else num_heads)
 
     def forward(
@@ -116,6 +116,17 @@ class PACA(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """The tables of positions."""
         return {"distance_embed.weight", "polar_embed.weight"}
+
+
+def _near_first(num_heads: int) -> Tensor:
+    """First E_dist, (bins, heads): -distance / reach, the reach growing over the heads from a 16th of the slide's
+    largest distance to a half.
+
+    Tiles and anchors so read what is near from the first step. From the published N(0, 1) an optimiser, which moves an
+    entry by no more than its learning rate in a step, needs thousands of steps until they do.
+    """
+    reach = DISTANCE_BINS * torch.logspace(-4, -1, num_heads, base=2)
+    return -torch.arange(DISTANCE_BINS + 2)[:, None] / reach
 
 
 @torch.no_grad()

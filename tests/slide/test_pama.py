@@ -106,6 +106,18 @@ class TestPaca:
         scores = torch.randn(1, 2, 3, 10, requires_grad=True)
         assert not main_sectors(scores, where.sectors).requires_grad
 
+    def test_before_training_what_is_near_is_read_most(self):
+        module = PACA(8, 4)
+        torch.nn.init.zeros_(module.qkv.weight)
+        torch.nn.init.zeros_(module.polar_embed.weight)
+        far = torch.arange(65)[None, None]
+        sectors = one_hot_sectors(torch.zeros_like(far), torch.ones(1, 65, dtype=torch.bool), 8)
+        where = PamaPosition(far, sectors, torch.ones(1, 65, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool))
+        _, (_, by_anchor) = module(torch.randn(1, 65, 8), torch.randn(1, 1, 8), where)
+        assert (by_anchor.diff(dim=-1) < 0).all()
+        # Each head looks farther than the one before.
+        assert (by_anchor[0, :, 0, :8].sum(-1).diff() < 0).all()
+
     def test_heads_that_do_not_divide(self):
         with pytest.raises(ValueError, match="num_heads is 3, expected a divisor of the width 8"):
             PACA(8, 3)
