@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ssmamba_models.benchmark.all_benchmarks import AllPlan, markdown_all, run_all
 from ssmamba_models.benchmark.extract import ExtractBenchmark, format_extract, run_extract
 from ssmamba_models.benchmark.models import (
     DEFAULT_MODEL,
@@ -22,10 +23,10 @@ from ssmamba_models.benchmark.models import (
 from ssmamba_models.benchmark.op_cases import OPS
 from ssmamba_models.benchmark.ops import DTYPES as OP_DTYPES
 from ssmamba_models.benchmark.ops import OpsPlan, format_ops, run_ops
-from ssmamba_models.benchmark.report import write_json
 from ssmamba_models.benchmark.sgcl import SgclBenchmark, format_sgcl, run_sgcl
 from ssmamba_models.benchmark.train import DEFAULT_PEER, TrainPlan, format_train, run_train
-from ssmamba_models.output import check_output
+from ssmamba_models.cli.options import check_json, json_option, write_results
+from ssmamba_models.output import check_output, whole_file
 from ssmamba_models.ssl.propagation import KMEANS
 
 
@@ -35,6 +36,10 @@ def command() -> None:
 
     All contenders take turns in one run, so that their ratios hold even where others use the machine too.
     Times are medians; the JSON file holds every sample and describes the machine.
+
+    \b
+    Example:
+      ssmamba benchmark models --sizes 224,512 --json models.json
     """
 
 
@@ -44,7 +49,7 @@ def _common_options(function: Callable) -> Callable:
         click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to run."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]"),
         click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Samples each."),
-        click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all results here."),
+        json_option,
     ]
     for option in reversed(options):
         function = option(function)
@@ -54,7 +59,9 @@ def _common_options(function: Callable) -> Callable:
 @command.command("ops")
 @click.option("--op", "ops", multiple=True, type=click.Choice(OPS), help="Measure this operator; repeatable.")
 @click.option("--backend", "backends", multiple=True, help="Measure this backend; repeatable.  [default: all]")
-@click.option("--dtype", type=click.Choice(tuple(OP_DTYPES)), default="float32", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(tuple(OP_DTYPES)), default="float32", show_default=True, help="Of activations."
+)
 @click.option("--budget", default=60.0, show_default=True, help="Seconds per case before rounds are cut.")
 @_common_options
 def ops(
@@ -67,7 +74,14 @@ def ops(
     rounds: int,
     json_path: Path | None,
 ) -> None:
-    """Every backend of the scans against their naive definition: speed and error."""
+    """Every backend of the scans against their definition: speed and error.
+
+    \b
+    Example:
+      ssmamba benchmark ops --op directional_scan --rounds 3
+
+    Exit code: 0 measured, 2 bad input.
+    """
     plan = OpsPlan(
         ops=ops or None,
         backends=backends or None,
@@ -87,7 +101,7 @@ def ops(
     default=",".join(DEFAULT_PEERS),
     show_default=True,
     metavar="NAMES",
-    help="Models of timm to compare it with.",
+    help="Models of timm to compare it with; commas between.",
 )
 @click.option(
     "--sizes",
@@ -101,7 +115,7 @@ def ops(
     type=click.IntRange(1),
     help="Images per batch.  [default: chosen per size, holding the pixels per batch]",
 )
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the computation.")
 @click.option("--train", is_flag=True, help="Measure training steps instead of inference.")
 @click.option("--compile", "compiled", is_flag=True, help="Measure each through torch.compile too.")
 @click.option(
@@ -130,7 +144,14 @@ def models(
     rounds: int,
     json_path: Path | None,
 ) -> None:
-    """A model against its peers: images per second, peak memory and size."""
+    """A model against its peers: images per second, peak memory and size.
+
+    \b
+    Example:
+      ssmamba benchmark models --model ssmamba_tiny --sizes 224,512
+
+    Exit code: 0 measured, 2 bad input.
+    """
     plan = ModelsPlan(
         model=model,
         peers=_split(peers),
@@ -154,14 +175,23 @@ def models(
 @click.option("--peer", default=DEFAULT_PEER, show_default=True, help="A ViT of timm, trained as a masked autoencoder.")
 @click.option("--size", type=click.IntRange(1), default=224, show_default=True, help="Side of the views in pixels.")
 @click.option("--batch-size", type=click.IntRange(1), help="Tiles per step.  [default: chosen by the device]")
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the computation.")
 @click.option("--data", type=click.Path(), help="Folder of tiles to read.  [default: synthetic tiles]")
 @click.option("--workers", type=click.IntRange(0), help="Processes that read tiles.  [default: chosen by the device]")
 @click.option("--wait-steps", type=click.IntRange(1), default=10, show_default=True, help="Steps that read their data.")
 @click.option("--budget", default=120.0, show_default=True, help="Seconds before rounds are cut.")
 @_common_options
 def train(json_path: Path | None, budget: float, **options: Any) -> None:
-    """A step of MAMIM against one of a masked autoencoder, and how much of its time a training waits for data."""
+    """A step of MAMIM against one of a masked autoencoder.
+
+    Says also how much of its time a training waits for data.
+
+    \b
+    Example:
+      ssmamba benchmark train --model ssmamba_tiny --data tiles
+
+    Exit code: 0 measured, 2 bad input.
+    """
     _run(run_train, TrainPlan(**options, budget_s=budget), format_train, json_path)
 
 
@@ -174,9 +204,18 @@ def train(json_path: Path | None, budget: float, **options: Any) -> None:
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to run.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Runs.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all results here.")
+@json_option
 def extract(json_path: Path | None, **options: Any) -> None:
-    """Extraction of a slide from end to end against the model alone; --tiles 100000 shows that memory is bounded."""
+    """Extraction of a slide from end to end against the model alone.
+
+    Many tiles show that memory is bounded.
+
+    \b
+    Example:
+      ssmamba benchmark extract --model test_ssmamba --tiles 100000 --tile-size 32
+
+    Exit code: 0 measured, 2 bad input.
+    """
     _run(run_extract, ExtractBenchmark(**options), format_extract, json_path)
 
 
@@ -190,20 +229,55 @@ def extract(json_path: Path | None, **options: Any) -> None:
 @click.option("--device", metavar="cpu|cuda", help="Where to run.  [default: a GPU where there is one]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Samples each.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all results here.")
+@json_option
 def sgcl(json_path: Path | None, budget: float, **options: Any) -> None:
-    """What SGCL costs besides the encoder: neighbours, clusters, nearest entries, hard negatives; and for 1 M tiles."""
+    """What SGCL costs besides the encoder, and for a million tiles.
+
+    Neighbours, clusters, nearest entries and hard negatives.
+
+    \b
+    Example:
+      ssmamba benchmark sgcl --vectors 10000
+
+    Exit code: 0 measured, 2 bad input.
+    """
     _run(run_sgcl, SgclBenchmark(**options, budget_s=budget), format_sgcl, json_path)
+
+
+@command.command("all")
+@click.option("--quick", is_flag=True, help="Tiny models on small inputs: to see that everything runs.")
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to run.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for report.md, which must exist.  [default: none]")
+@json_option
+def everything(json_path: Path | None, out: Path | None, **options: Any) -> None:
+    """All benchmarks in one report, with every ratio.
+
+    On two cores it takes about twenty minutes. What cannot run here is left out, with the reason.
+
+    \b
+    Example:
+      ssmamba benchmark all --json all.json --out .
+
+    Exit code: 0 measured, 2 bad input.
+    """
+    page = None if out is None else check_output(out / "report.md", overwrite=True)
+    check_json(json_path)
+    report = run_all(AllPlan(**options), progress=lambda line: click.echo(line, err=True))
+    text = markdown_all(report)
+    if page is not None:
+        with whole_file(page, overwrite=True) as part:
+            part.write_text(text, encoding="utf-8")
+    if not write_results(json_path, report):
+        click.echo(text)
 
 
 def _run(measure: Callable, plan: object, show: Callable[[dict], str], json_path: Path | None) -> None:
     """Measure, print and write; progress goes to stderr, so that the table can be piped."""
-    if json_path is not None:
-        check_output(json_path, overwrite=True)
+    check_json(json_path)
     report = measure(plan, progress=lambda line: click.echo(line, err=True))
-    click.echo(show(report))
-    if json_path is not None:
-        write_json(json_path, report)
+    if not write_results(json_path, report):
+        click.echo(show(report))
 
 
 def _split(names: str) -> list[str]:

@@ -6,38 +6,41 @@ from pathlib import Path
 
 import click
 
-from ssmamba_models.benchmark.report import write_json
+from ssmamba_models.cli.options import check_json, is_stdout, json_option, write_results
 from ssmamba_models.data.feature_check import FileReport, check_feature_files
 from ssmamba_models.data.hdf5 import hdf5_files
-from ssmamba_models.output import check_output
 
 
 @click.command()
 @click.argument("paths", metavar="FILES...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all results here.")
+@json_option
 @click.option("--quiet", is_flag=True, help="Name only the files that have a problem.")
 @click.pass_context
 def command(ctx: click.Context, paths: tuple[Path, ...], json_path: Path | None, quiet: bool) -> None:
-    """Check slide feature files (FILES: files, or folders that are searched at any depth); one line for each.
+    """Check slide feature files: shapes, NaN, duplicates, provenance.
 
-    Looks for: files that do not open, wrong shapes and types, NaN, infinite values, features that are all zero, tiles
-    that lie twice or outside the slide, a geometry that contradicts itself, provenance that is missing, and, in one
-    folder, features of different models, weights or tile sizes.
+    FILES are files, or folders that are searched at any depth; each file gets a line. Looks for: files that do not
+    open, wrong shapes and types, NaN, infinite values, features that are all zero, tiles that lie twice or outside the
+    slide, a geometry that contradicts itself, provenance that is missing, and, in one folder, features of different
+    models, weights or tile sizes.
+
+    \b
+    Examples:
+      ssmamba check job
+      ssmamba check a.h5 b.h5 --quiet --json problems.json
 
     Exit code: 0 all is well, 1 there are problems, 2 bad input.
     """
-    if json_path is not None:
-        check_output(json_path, overwrite=True)
+    check_json(json_path)
     # A file named twice, by itself and by its folder, is checked once.
     files = dict.fromkeys(file for path in paths for file in hdf5_files(path))
     reports = []
     for report in check_feature_files(files):
         reports.append(report)
-        if report.problems or not quiet:
+        if (report.problems or not quiet) and not is_stdout(json_path):
             click.echo(_line(report))
     bad = sum(bool(report.problems) for report in reports)
-    if json_path is not None:
-        write_json(json_path, {"files": [_entry(report) for report in reports], "bad": bad})
+    write_results(json_path, {"files": [_entry(report) for report in reports], "bad": bad})
     if bad:
         click.echo(f"{bad} of {len(reports)} files have problems", err=True)
         ctx.exit(1)

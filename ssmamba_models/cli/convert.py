@@ -28,16 +28,18 @@ from ssmamba_models.data.slide_table import read_slide_table
 def command(
     ctx: click.Context, source: str, mpp_csv: str | None, coords: str | None, quiet: bool, **options: Any
 ) -> None:
-    """Convert slide feature files: SRC is one file, or a folder of them.
+    """Convert feature files of CLAM and TRIDENT to ours, and back.
 
-    Nothing is lost: what the other layout has no field for is stored beside it, and the way back gives the same
-    features, coordinates and attributes. What a file does not say and no option gives is an error, never a guess.
+    SRC is one file, or a folder of them. Nothing is lost: what the other layout has no field for is stored beside it,
+    and the way back gives the same features, coordinates and attributes. What a file does not say and no option gives
+    is an error, never a guess.
 
     \b
-    ssmamba convert JOB --from ssmamba --to clam --out clam
-    ssmamba convert trident_job --from trident --to ssmamba --out features --mpp-csv mpp.csv
-    ssmamba convert clam --from clam --to ssmamba --out features --coords clam/patches \\
-        --level0-mpp 0.25 --overlap 0 --model uni_v1
+    Examples:
+      ssmamba convert job --from ssmamba --to clam --out clam
+      ssmamba convert job --from trident --to ssmamba --out ours --mpp-csv mpp.csv
+      ssmamba convert clam --from clam --to ssmamba --out features \\
+        --coords clam/patches --level0-mpp 0.25 --overlap 0 --model uni_v1
 
     Exit code: 0 all files converted, 1 some could not be (each is listed), 2 bad input.
     """

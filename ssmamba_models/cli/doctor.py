@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from itertools import groupby
+from pathlib import Path
 
 import click
 
@@ -14,21 +14,28 @@ from ssmamba_models.cli.checks.kernels import BACKENDS, check_kernels
 from ssmamba_models.cli.checks.machine import TORCH_FACTS, check_machine
 from ssmamba_models.cli.checks.packages import CORE, IMPORT_EACH, OPTIONAL, check_packages
 from ssmamba_models.cli.checks.probe import finish_probe, start_probe
+from ssmamba_models.cli.options import check_json, json_option, write_results
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.pass_context
-def command(ctx: click.Context, as_json: bool) -> None:
-    """Check versions, kernels, devices and the hub's settings, and name the cure for what is amiss.
+def command(ctx: click.Context, json_path: Path | None) -> None:
+    """Check this installation and say how to mend it.
 
-    Exit code: 0 where nothing is broken (a missing optional package is no fault), 1 where something is.
+    Looks at versions, kernels, devices and the Hub's settings, and names the cure for what is amiss.
+
+    \b
+    Examples:
+      ssmamba doctor
+      ssmamba doctor --json report.json
+
+    Exit code: 0 nothing is broken (a missing optional package is no fault), 1 something is, 2 bad input.
     """
+    check_json(json_path)
     findings = _examine()
     problems = sum(finding.status == "problem" for finding in findings)
-    if as_json:
-        click.echo(json.dumps({"findings": list(map(dataclasses.asdict, findings)), "problems": problems}, indent=2))
-    else:
+    if not write_results(json_path, {"findings": list(map(dataclasses.asdict, findings)), "problems": problems}):
         click.echo(_report(findings))
         click.echo(f"\n{problems} problem{'s' if problems != 1 else ''} found" if problems else "\nnothing is broken")
     ctx.exit(1 if problems else 0)

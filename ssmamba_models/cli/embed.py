@@ -30,10 +30,16 @@ from ssmamba_models.engine.embed import EmbedSummary, embed_folder
 @click.option("--quiet", is_flag=True, help="No progress bar and no closing line.")
 @click.pass_context
 def command(ctx: click.Context, quiet: bool, **options: Any) -> None:
-    """Turn the tiles in FOLDER (nested or flat) into one HDF5 file of features.
+    """Turn a folder of tiles into one HDF5 file of features.
 
-    The file holds features (N, D) float32, paths, labels (where every tile lies in a class folder) and, as
-    attributes, the model, its weights and the input transform. It is written whole or not at all.
+    Tiles lie in FOLDER, nested or flat. The file holds features (N, D) float32, paths, labels (where every tile lies in
+    a class folder) and, as attributes, the model, its weights and the input transform. It is written whole or not at
+    all.
+
+    \b
+    Examples:
+      ssmamba embed tiles --pretrained --out features.h5
+      ssmamba embed tiles --model ssmamba_tiny --checkpoint run --out features.h5
 
     Exit code: 0 all tiles embedded, 1 some were unreadable (each is listed), 2 bad input.
     """

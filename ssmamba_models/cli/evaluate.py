@@ -65,16 +65,18 @@ def command(
     quiet: bool,
     **embedding: Any,
 ) -> None:
-    """Score encoders on labelled tiles: linear probe, kNN, prototypes and few shots, with intervals.
+    """Score encoders on labelled tiles: probes, kNN, few shots.
 
-    Tiles lie in class folders, or are listed in a manifest.csv (path, label, and optionally group and split). Groups
-    are never divided. Several encoders are compared on the same folds:
+    Every figure has a group-bootstrap interval. Tiles lie in class folders, or are listed in a manifest.csv (path,
+    label, and optionally group and split). Groups are never divided; several encoders are compared on the same folds.
+    Writes report.md, report.json and plots/ whole or not at all, and keeps the features for the next run.
 
     \b
-      ssmamba evaluate --data TILES --out REPORT --task lung=benign,tumour \\
-        --model mamim=ssmamba_tiny@runs/mamim --model ssmamba_tiny@none --model color_histogram
-
-    Writes report.md, report.json and plots/ whole or not at all, and keeps the features for the next run.
+    Examples:
+      ssmamba evaluate --data tiles --model ssmamba_tiny --out report
+      ssmamba evaluate --data tiles --out report --task lung=benign,tumour \\
+        --model mamim=ssmamba_tiny@run --model ssmamba_tiny@none \\
+        --model color_histogram
 
     Exit code: 0 all tiles scored, 1 some were unreadable (each is listed), 2 bad input.
     """

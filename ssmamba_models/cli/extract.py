@@ -48,13 +48,19 @@ from ssmamba_models.wsi.status import FAILED
 def command(
     ctx: click.Context, slides: tuple[str, ...], out: str, dry: bool, shard: str | None, quiet: bool, **options: Any
 ) -> None:
-    """Turn SLIDES (files, or folders of slides) into feature files in a job folder.
+    """Turn whole slides into feature files in a job folder.
 
-    Run the same command again to go on with a job that was stopped or killed: slides that are done stay as they are.
-    Several processes, on several machines, may run it at once on one folder. What became of each slide stands in
-    summary.csv.
+    SLIDES are files, or folders of slides. Run the same command again to go on with a job that was stopped or killed:
+    slides that are done stay as they are. Several processes, on several machines, may run it at once on one folder.
+    What became of each slide stands in summary.csv.
 
-    Exit code: 0 no slide failed, 1 some failed (each is listed), 2 bad input.
+    \b
+    Examples:
+      ssmamba extract slides --out job --model ssmamba_small --pretrained
+      ssmamba extract slides --out job --dry-run
+      ssmamba extract slides --out job --model resnet50 --mpp 1 --tile-size 256
+
+    Exit code: 0 all slides done, 1 some failed (each is listed), 2 bad input.
     """
     plan = ExtractPlan(**options, shard=parse_shard(shard))
     with plain_warnings():

@@ -46,20 +46,24 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Train a classifier on labelled tiles, and validate it on groups that it never saw.
+    """Train a classifier on labelled tiles.
 
-    Labels come from class folders (DATA/tumour/a.png), also below DATA/train and DATA/val, or from DATA/manifest.csv
-    with the columns path, label and, if you have them, group (patient or slide; never divided) and split (train, val).
+    It is validated on groups that it never saw. Labels come from class folders (DATA/tumour/a.png), also below
+    DATA/train and DATA/val, or from DATA/manifest.csv with the columns path, label and, if you have them, group
+    (patient or slide; never divided) and split (train, val).
 
     OUT gets config.yaml (every setting), log.jsonl, tensorboard/, checkpoints/ and, of the epoch with the best
     macro-F1, weights.safetensors, metrics.json and predictions.csv.
 
     \b
-    ssmamba finetune --data tiles --model ssmamba_small --out run
-    ssmamba finetune --data tiles --model ssmamba_tiny --init pretraining_run --out run --train-fraction 0.1
-    ssmamba finetune --resume --out run
-    ssmamba embed tiles --model ssmamba_small --checkpoint run --out features.h5
-    accelerate launch --num_processes 4 $(which ssmamba) finetune --data tiles --out run
+    Examples:
+      ssmamba finetune --data tiles --model ssmamba_small --out run
+      ssmamba finetune --data tiles --init pretrained_run --train-fraction 0.1 \\
+        --model ssmamba_tiny --out run
+      ssmamba finetune --resume --out run
+      ssmamba embed tiles --checkpoint run --out features.h5
+      accelerate launch --num_processes 4 -m ssmamba_models finetune \\
+        --data tiles --out run
 
     Exit code: 0 trained to the end, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM (with a checkpoint).
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import json
+from pathlib import Path
 
 import click
 import timm
@@ -11,20 +11,31 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import ssmamba_models
+from ssmamba_models.cli.options import check_json, json_option, write_results
 
 _SIDE = 224
 
 
 @click.command()
 @click.argument("pattern", metavar="[FILTER]", default="*")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(pattern: str, as_json: bool) -> None:
-    """List the models whose name contains FILTER (or matches it, where it holds * or ?), in upper or lower case.
+@json_option
+def command(pattern: str, json_path: Path | None) -> None:
+    """List the models, their sizes, and which have trained weights.
 
-    Parameters and GMACs are those of the encoder (num_classes=0), GMACs for one image of 224 x 224 px.
+    FILTER is a part of a name, or a pattern with * or ?, in upper or lower case. Parameters and GMACs are those of the
+    encoder (num_classes=0), GMACs for one image of 224 x 224 px.
+
+    \b
+    Examples:
+      ssmamba list
+      ssmamba list tiny --json models.json
+
+    Exit code: 0 listed, 2 bad input.
     """
+    check_json(json_path)
     rows = [_describe(name) for name in _matching(pattern)]
-    click.echo(json.dumps(rows, indent=2) if as_json else _table(rows))
+    if not write_results(json_path, rows):
+        click.echo(_table(rows))
 
 
 def _matching(pattern: str) -> list[str]:

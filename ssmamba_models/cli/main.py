@@ -16,7 +16,7 @@ COMMANDS = {
     "list": ("list", "List the models and their sizes."),
     "doctor": ("doctor", "Check this installation and say how to mend it."),
     "extract": ("extract", "Turn whole slides into feature files for MIL."),
-    "tile": ("tile", "Cut tiles from whole slides, with a manifest that says where each lay."),
+    "tile": ("tile", "Cut tiles from whole slides, with a manifest of their places."),
     "convert": ("convert", "Turn feature files of CLAM or TRIDENT into ours, and back."),
     "check": ("check", "Check feature files: shapes, NaN, duplicates, provenance."),
     "mil": ("mil", "Train, predict and draw heatmaps from feature files (MIL)."),
@@ -24,9 +24,9 @@ COMMANDS = {
     "pretrain": ("pretrain", "Pretrain an encoder on your tiles, without labels."),
     "finetune": ("finetune", "Train a classifier on your labelled tiles."),
     "evaluate": ("evaluate", "Score encoders on labelled tiles: probes, kNN, few shots."),
-    "slide-pretrain": ("slide_pretrain", "Pretrain a slide encoder on feature files, without labels."),
+    "slide-pretrain": ("slide_pretrain", "Pretrain a slide encoder on feature files, no labels."),
     "slide-embed": ("slide_embed", "Turn feature files into one file of slide vectors."),
-    "slide-evaluate": ("slide_evaluate", "Score slide vectors on labelled slides, from few labels and many."),
+    "slide-evaluate": ("slide_evaluate", "Score slide vectors, from few labels and many."),
     "publish": ("publish", "Put trained weights on the Hugging Face Hub."),
     "demo": ("demo", "Create a model, embed an image and draw what it sees."),
     "benchmark": ("benchmark", "Measure the scans and the models on this machine."),
@@ -72,5 +72,14 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ssmamba")
 def main() -> None:
-    """State space models for computational pathology: tiles in, features out."""
+    """State space models for computational pathology: tiles in, features out.
+
+    \b
+    Examples:
+      ssmamba demo
+      ssmamba extract slides --out job --model ssmamba_small --pretrained
+      ssmamba COMMAND --help
+
+    Exit code: 0 done, 1 some items failed (each is listed), 2 bad usage or input.
+    """
     keep_large_blocks()

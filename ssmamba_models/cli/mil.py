@@ -13,9 +13,16 @@ from ssmamba_models.slide.aggregators import list_aggregators
 
 @click.group(name="mil")
 def command() -> None:
-    """Train, predict and draw heatmaps from feature files (multiple-instance learning).
+    """Train, predict and draw heatmaps from feature files (MIL).
 
-    Feature files come from `ssmamba extract` (or `ssmamba convert`): one per slide, all of one kind.
+    Multiple-instance learning: a label for each slide, many tiles without one. Feature files come from `ssmamba
+    extract` (or `ssmamba convert`): one per slide, all of one kind.
+
+    \b
+    Examples:
+      ssmamba mil train --features job/features --labels labels.csv --out run
+      ssmamba mil predict run --features new/features --out predictions.csv
+      ssmamba mil heatmap run --features new/features/a.h5 --out maps
     """
 
 
@@ -54,17 +61,20 @@ def train(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Train an aggregator by patient-grouped cross-validation, and report how good it is.
+    """Train an aggregator by patient-grouped cross-validation, and report.
 
     Without splits in the labels each slide is scored once, by a model that saw no slide of its patient. OUT gets
     config.yaml, fold-0/, fold-1/, ..., weights.safetensors (the fold with the lowest validation loss),
     predictions.csv, report.md, report.json and plots/.
 
     \b
-    ssmamba mil train --features job/0.5mpp_224px_0px/features_ssmamba_small --labels labels.csv --out run
-    ssmamba mil train --features F --labels labels.csv --aggregator clam --set aggregator_args.k_sample=16 --out run
-    ssmamba mil train --features F --labels labels.csv --aggregator pama --set aggregator_args.init=PAMA_RUN --out run
-    ssmamba mil train --resume --out run
+    Examples:
+      ssmamba mil train --features job/features --labels labels.csv --out run
+      ssmamba mil train --resume --out run
+      ssmamba mil train --features job/features --labels labels.csv --out run \\
+        --aggregator clam --set aggregator_args.k_sample=16
+      ssmamba mil train --features job/features --labels labels.csv --out run \\
+        --aggregator pama --set aggregator_args.init=pama_run
 
     Exit code: 0 trained to the end, 2 bad input.
     """
@@ -102,9 +112,13 @@ def _print_report(report: dict[str, Any], out: str) -> None:
 @click.option("--quiet", is_flag=True, help="No progress bar and no closing line.")
 @click.pass_context
 def predict(ctx: click.Context, run: str, features: str, out: str, quiet: bool, **options: Any) -> None:
-    """Predict slides with the model in RUN (of `ssmamba mil train`).
+    """Predict slides with the model of a run of `ssmamba mil train`.
 
     The CSV holds slide, tiles, prediction and a probability for each class. Slides are read one at a time, whole.
+
+    \b
+    Example:
+      ssmamba mil predict run --features new/features --out predictions.csv
 
     Exit code: 0 all slides predicted, 1 some files were unreadable (each is listed), 2 bad input.
     """
@@ -131,10 +145,14 @@ def predict(ctx: click.Context, run: str, features: str, out: str, quiet: bool, 
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @click.option("--quiet", is_flag=True, help="No closing lines.")
 def heatmap(run: str, features: str, out: str, quiet: bool, **options: Any) -> None:
-    """Draw how much each tile of a slide counts for what the model in RUN says of it.
+    """Draw how much each tile of a slide counts for what a model says of it.
 
     NAME.png colours the tiles by the rank of their attention, from dark (least) to yellow (most). NAME.geojson has a
     polygon for each tile, in level-0 pixels: drop it on the slide in QuPath.
+
+    \b
+    Example:
+      ssmamba mil heatmap run --features features/a.h5 --slide a.svs --out maps
 
     Exit code: 0 drawn, 2 bad input.
     """

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ssmamba_models.benchmark.report import write_json
+from ssmamba_models.output import check_output
+
+_STDOUT = Path("-")
 
 
 def add_options(options: Sequence[Callable], command: Callable) -> Callable:
@@ -10,3 +20,40 @@ def add_options(options: Sequence[Callable], command: Callable) -> Callable:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def json_option(command: Callable) -> Callable:
+    """--json FILE, as `json_path`; see `write_results`."""
+    text = "Write all results here; -: print them, and nothing else."
+    return click.option("--json", "json_path", metavar="FILE", type=click.Path(path_type=Path), help=text)(command)
+
+
+def check_json(path: Path | None) -> None:
+    """Make sure, before a long run, that the file of --json can be written.
+
+    Raises:
+        OSError: it cannot.
+    """
+    if path is not None and path != _STDOUT:
+        check_output(path, overwrite=True)
+
+
+def is_stdout(path: Path | None) -> bool:
+    """Whether --json asks for standard output, which is then left to the JSON."""
+    return path == _STDOUT
+
+
+def write_results(path: Path | None, results: Any) -> bool:
+    """Write what --json asks for.
+
+    Returns:
+        Whether it went to standard output.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if is_stdout(path):
+        click.echo(json.dumps(results, indent=2, allow_nan=False))
+    elif path is not None:
+        write_json(path, results)
+    return is_stdout(path)

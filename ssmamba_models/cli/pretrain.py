@@ -46,11 +46,14 @@ def command(
     options.
 
     \b
-    ssmamba pretrain --data tiles --model ssmamba_tiny --out run
-    ssmamba pretrain --resume --out run
-    ssmamba pretrain --config run/config.yaml --out run2 --set view_args.mask_ratio=0.6
-    ssmamba pretrain --method sgcl --data placed/manifest.csv --model resnet18 --out run
-    accelerate launch --num_processes 4 $(which ssmamba) pretrain --data tiles --out run
+    Examples:
+      ssmamba pretrain --data tiles --model ssmamba_tiny --out run
+      ssmamba pretrain --resume --out run
+      ssmamba pretrain --config run/config.yaml --out run2 \\
+        --set view_args.mask_ratio=0.6
+      ssmamba pretrain --method sgcl --data tiles --model resnet18 --out run
+      accelerate launch --num_processes 4 -m ssmamba_models pretrain \\
+        --data tiles --out run
 
     Exit code: 0 trained to the end, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM (with a checkpoint).
     """

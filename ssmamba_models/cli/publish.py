@@ -22,20 +22,24 @@ from ssmamba_models.hub import CardInfo, publish
 @click.option("--revision", metavar="BRANCH", help="Default: main.")
 @click.option("--token", help="Default: HF_TOKEN, or that of `hf auth login`.")
 def command(source: str, repo_id: str, card_info: str | None, settings: tuple[str, ...], **options: Any) -> None:
-    """Publish the weights of a run of `ssmamba pretrain`, `finetune` or `slide-pretrain`, or of a weight file.
+    """Put trained weights on the Hugging Face Hub, or into a folder.
 
-    Uploads model.safetensors, config.json and a model card (README.md) in one commit; then
-    timm.create_model("hf-hub:ORG/NAME", pretrained=True) loads them, and slide encoders
-    create_slide_encoder(NAME, D, pretrained="hf-hub:ORG/NAME"). Look at the card first: --dry-run DIR.
+    RUN is of `ssmamba pretrain`, `finetune` or `slide-pretrain`; FILE holds weights. Uploads model.safetensors,
+    config.json and a model card (README.md) in one commit; then timm.create_model("hf-hub:ORG/NAME", pretrained=True)
+    loads them, and slide encoders create_slide_encoder(NAME, D, pretrained="hf-hub:ORG/NAME"). Look at the card first:
+    --dry-run DIR.
 
     Keys of --card-info and --set, each unknown where not given: license (of the weights, such as
     apache-2.0), description, training_data, data_license, target_mpp (microns per pixel), hardware, results,
     limits. Epochs, time and hyper-parameters come from the run.
 
     \b
-    Example:
-      ssmamba publish RUN --repo-id my-lab/tiny --dry-run card \\
+    Examples:
+      ssmamba publish run --repo-id my-lab/tiny --dry-run card \\
         --set training_data="LC25000, train split" --set target_mpp=0.5
+      ssmamba publish run --repo-id my-lab/tiny --card-info card.yaml
+
+    Exit code: 0 published, 2 bad input.
     """
     info = load_config(CardInfo, card_info, dict(parse_setting(text) for text in settings))
     done = publish(source, repo_id, info=info, **options)

@@ -30,7 +30,13 @@ class _Tiles(click.ParamType):
     "--tiles", type=_Tiles(), help="Tiles of a view; all takes every tile once. Default: the encoder's (Giga-SSL 5)."
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of what is drawn.")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="fp32", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Of the computation; auto: bf16 on GPUs that have it.",
+)
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no closing line.")
@@ -53,8 +59,10 @@ def command(
     not at all. Features must be of the kind that the encoder was trained on.
 
     \b
-    ssmamba slide-embed --run run --features F --out slides.h5
-    ssmamba slide-embed --run hf-hub:my-lab/my-slides --features F --out slides.h5 --tiles all
+    Examples:
+      ssmamba slide-embed --run run --features job/features --out slides.h5
+      ssmamba slide-embed --run hf-hub:my-lab/my-slides --tiles all \\
+        --features job/features --out slides.h5
 
     Exit code: 0 all slides embedded, 1 some files were unreadable (each is listed), 2 bad input.
     """

@@ -47,16 +47,19 @@ def command(
     overwrite: bool,
     quiet: bool,
 ) -> None:
-    """Score slide vectors on labelled slides, from few labels and from many.
+    """Score slide vectors on labelled slides, from few labels and many.
 
     Logistic regression and kNN, learned from 50, 100, a quarter and all of the training slides, 10 times, on folds
     that divide no patient, with intervals. The mean of the tiles and a random encoder, which files of `ssmamba
     slide-embed` hold, are scored beside. Writes report.md, report.json and plots/ whole or not at all.
 
     \b
-    ssmamba slide-evaluate --embeddings slides.h5 --labels labels.csv --out report
-    ssmamba slide-evaluate --embeddings gigassl=a.h5 --embeddings pama=b.h5 --labels labels.csv --out report
-    ssmamba slide-evaluate --embeddings other.npy --ids ids.txt --features F --labels labels.csv --out report
+    Examples:
+      ssmamba slide-evaluate --embeddings a.h5 --labels labels.csv --out report
+      ssmamba slide-evaluate --embeddings gigassl=a.h5 --embeddings pama=b.h5 \\
+        --labels labels.csv --out report
+      ssmamba slide-evaluate --embeddings other.npy --ids ids.txt \\
+        --features job/features --labels labels.csv --out report
 
     Exit code: 0 scored, 2 bad input.
     """

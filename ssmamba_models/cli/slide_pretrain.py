@@ -33,18 +33,21 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Pretrain a slide encoder on feature files, without labels: Giga-SSL or PAMA.
+    """Pretrain a slide encoder on feature files, without labels.
 
-    Feature files come from `ssmamba extract` (for Giga-SSL best with --shared-aug) or `ssmamba convert`: one per slide,
-    all of one kind. OUT gets config.yaml (every setting), log.jsonl, tensorboard/, checkpoints/, and the encoder,
-    config.json and model.safetensors, which `ssmamba slide-embed --run OUT` reads. Settings come from --config, then
-    --set, then the options.
+    By Giga-SSL or PAMA. Feature files come from `ssmamba extract` (for Giga-SSL best with --shared-aug) or `ssmamba
+    convert`: one per slide, all of one kind. OUT gets config.yaml (every setting), log.jsonl, tensorboard/,
+    checkpoints/, and the encoder, config.json and model.safetensors, which `ssmamba slide-embed --run OUT` reads.
+    Settings come from --config, then --set, then the options.
 
     \b
-    ssmamba slide-pretrain --method gigassl --features job/0.5mpp_224px_0px/features_ssmamba_small --out run
-    ssmamba slide-pretrain --resume --out run
-    ssmamba slide-pretrain --method pama --model pama_small --features F --out run2 --set method_args.mask_ratio=0.6
-    accelerate launch --num_processes 4 $(which ssmamba) slide-pretrain --method pama --features F --out run
+    Examples:
+      ssmamba slide-pretrain --method gigassl --features job/features --out run
+      ssmamba slide-pretrain --resume --out run
+      ssmamba slide-pretrain --method pama --features job/features --out run2 \\
+        --model pama_small --set method_args.mask_ratio=0.6
+      accelerate launch --num_processes 4 -m ssmamba_models slide-pretrain \\
+        --method pama --features job/features --out run
 
     Exit code: 0 trained to the end, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM (with a checkpoint).
     """

@@ -27,19 +27,22 @@ from ssmamba_models.wsi.tile_slides import TilePlan, TileResult, count_slide_til
 def command(
     ctx: click.Context, slides: tuple[str, ...], out: str, dry: bool, shard: str | None, quiet: bool, **options: Any
 ) -> None:
-    """Cut tiles from SLIDES (files, or folders of slides), and list them with their places.
+    """Cut tiles from whole slides, with a manifest of their places.
 
-    OUT gets SLIDE/X_Y.png, where X and Y are the column and row in the slide's grid, SLIDE/slide.json (where the tiles
-    come from, um per pixel, level-0 corners), config.yaml and manifest.csv: path, slide, x, y and, with --labels,
-    label, group (the patient) and split. Tiles lie where those of `ssmamba extract` with the same options do.
+    SLIDES are files, or folders of slides. OUT gets SLIDE/X_Y.png, where X and Y are the column and row in the slide's
+    grid, SLIDE/slide.json (where the tiles come from, um per pixel, level-0 corners), config.yaml and manifest.csv:
+    path, slide, x, y and, with --labels, label, group (the patient) and split. Tiles lie where those of `ssmamba
+    extract` with the same options do.
 
     Run the same command again to go on with a job that was stopped or killed: slides that are done stay as they are.
     Several processes, on several machines, may run it at once on one folder. What became of each slide stands in
     summary.csv. A job keeps its labels; give --labels again to change them.
 
     \b
-    ssmamba tile slides --out tiles
-    ssmamba pretrain --method sgcl --data tiles --model resnet18 --out run
+    Examples:
+      ssmamba tile slides --out tiles
+      ssmamba tile slides --out tiles --format jpeg --labels labels.csv
+      ssmamba pretrain --method sgcl --data tiles --model resnet18 --out run
 
     Exit code: 0 all slides done, 1 some failed (each is listed), 2 bad input.
     """

@@ -19,7 +19,7 @@ def by_name(findings):
 @pytest.fixture(scope="module")
 def report():
     code = "from ssmamba_models.cli.main import main; main()"
-    run = subprocess.run([sys.executable, "-c", code, "doctor", "--json"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code, "doctor", "--json", "-"], capture_output=True, text=True)
     return run.returncode, json.loads(run.stdout)
 
 

@@ -23,7 +23,7 @@ def test_all_models(ssmamba):
 
 
 def test_the_numbers_are_those_of_the_design(ssmamba):
-    found = rows(ssmamba("list", "ssmamba_*", "--json"))
+    found = rows(ssmamba("list", "ssmamba_*", "--json", "-"))
     for name, millions, embed_dim in (
         ("ssmamba_tiny", 9.12, 384),
         ("ssmamba_small", 25.3, 512),
@@ -34,7 +34,7 @@ def test_the_numbers_are_those_of_the_design(ssmamba):
 
 
 def test_gmacs_on_the_meta_device_are_those_of_a_real_run(ssmamba):
-    listed = rows(ssmamba("list", "test_ssmamba", "--json"))["test_ssmamba"]
+    listed = rows(ssmamba("list", "test_ssmamba", "--json", "-"))["test_ssmamba"]
     model = timm.create_model("test_ssmamba", num_classes=0).eval()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(torch.zeros(1, 3, 224, 224))
@@ -43,13 +43,13 @@ def test_gmacs_on_the_meta_device_are_those_of_a_real_run(ssmamba):
 
 
 def test_a_filter_is_a_part_of_the_name_or_a_pattern(ssmamba):
-    assert list(rows(ssmamba("list", "tiny", "--json"))) == ["ssmamba_tiny"]
-    assert list(rows(ssmamba("list", "*_b?se", "--json"))) == ["ssmamba_base"]
+    assert list(rows(ssmamba("list", "tiny", "--json", "-"))) == ["ssmamba_tiny"]
+    assert list(rows(ssmamba("list", "*_b?se", "--json", "-"))) == ["ssmamba_base"]
 
 
 @pytest.mark.parametrize("pattern", ["TINY", "SSMamba_T*"])
 def test_a_filter_is_of_either_case(ssmamba, pattern):
-    assert list(rows(ssmamba("list", pattern, "--json"))) == ["ssmamba_tiny"]
+    assert list(rows(ssmamba("list", pattern, "--json", "-"))) == ["ssmamba_tiny"]
 
 
 def test_a_filter_that_matches_nothing_names_what_there_is(ssmamba):

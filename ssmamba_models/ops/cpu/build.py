@@ -1,4 +1,4 @@
-"""How setuptools builds the C kernels: optional by default, required when SSMAMBA_REQUIRE_EXT=1.
+"""How setuptools builds the C kernels (optional by default, required when SSMAMBA_REQUIRE_EXT=1) and the sdist.
 
 Named in setup.cfg (cmdclass). Loaded by setuptools on its own, before the package can be imported, so it imports
 nothing but setuptools.
@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 
 class BuildExt(build_ext):
@@ -24,3 +25,12 @@ class BuildExt(build_ext):
     def get_export_symbols(self, ext: Any) -> list[str]:
         # The library is opened with ctypes, never imported, so there is no PyInit function to export.
         return ext.export_symbols
+
+
+class Sdist(sdist):
+    """The sources, the changelog with them, and none of the tests: setuptools takes those at their top level alone."""
+
+    def make_distribution(self) -> None:
+        self.filelist.exclude_pattern(r"^tests/", is_regex=True)
+        self.filelist.append("CHANGELOG.md")
+        super().make_distribution()
