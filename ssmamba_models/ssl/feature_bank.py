@@ -14,7 +14,8 @@ class FeatureBank(nn.Module):
 
         v <- norm(m v + (1 - m) q)
 
-    All processes hold the same rows: each update applies the rows of all of them. Memory: 4 * N * dim bytes.
+    A row begins as noise, and its first vector replaces it: until then it is not `seen`, and should not count. All
+    processes hold the same rows: each update applies the rows of all of them. Memory: 4 * N * dim bytes.
 
     Args:
         size: N.
@@ -38,6 +39,7 @@ class FeatureBank(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randn(size, dim, generator=generator)
         self.register_buffer("rows", F.normalize(rows, dim=1, out=rows))
+        self.register_buffer("seen", torch.zeros(size, dtype=torch.bool))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,5 +63,6 @@ class FeatureBank(nn.Module):
         last = torch.ones_like(index, dtype=torch.bool)
         last[:-1] = index[1:] != index[:-1]
         index, vectors = index[last], F.normalize(vectors[order[last]], dim=1)
-        mixed = self.momentum * self.rows[index] + (1 - self.momentum) * vectors
-        self.rows[index] = F.normalize(mixed, dim=1)
+        momentum = self.momentum * self.seen[index, None]
+        self.rows[index] = F.normalize(momentum * self.rows[index] + (1 - momentum) * vectors, dim=1)
+        self.seen[index] = True

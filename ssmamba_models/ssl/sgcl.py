@@ -37,6 +37,9 @@ class SGCL(nn.Module):
     L_crop (`inner`): InfoNCE of the crop of each corner and that corner's bank entry, against a quarter of the same
         uniform tiles, with all their corners.
 
+    Rows of the banks are noise until their tile was looked at, and do not count before: the first epoch fills the
+    banks, and teaches little else.
+
     With all three switched off it is plain instance discrimination. With `intra` off the neighbours are no positives,
     and no hard negatives either.
 
@@ -81,7 +84,7 @@ class SGCL(nn.Module):
         ImportError: `inter` without the package for k-means.
 
     Source: Lin et al., "SGCL: Spatial guided contrastive learning on whole-slide pathological images", Medical Image
-    Analysis 89, 102845, 2023. Not in it: the limits for small data, and w as an option.
+    Analysis 89, 102845, 2023. Not in it: the limits for small data, w as an option, and rows that do not count yet.
     """
 
     def __init__(
@@ -217,9 +220,9 @@ class SGCL(nn.Module):
         self, queries: Tensor, own: Tensor, others: Tensor, tiles: Tensor, bank: FeatureBank, per_tile: int = 1
     ) -> Tensor:
         """Mean InfoNCE of queries and rows `own` of a bank, against rows `others` of other tiles than their own."""
-        valid = others // per_tile != tiles[:, None]
+        valid = (others // per_tile != tiles[:, None]) & bank.seen[others]
         positive = (queries * bank(own)).sum(1, keepdim=True)
-        return self.self_loss(positive, queries @ bank(others).T, negative_valid=valid).mean()
+        return self.self_loss(positive, queries @ bank(others).T, bank.seen[own, None], valid).mean()
 
     def _crop_loss(self, corners: Tensor, index: Tensor, others: Tensor) -> Tensor:
         rows = _corner_rows(others[: max(1, len(others) // _CORNERS)])
@@ -233,11 +236,12 @@ class SGCL(nn.Module):
         positives, valid = unite(
             torch.cat([near, alike], dim=1), torch.cat([near_valid & self.intra, alike_valid], dim=1)
         )
+        seen = self.bank.seen
         losses = self.spatial_loss(
             row_similarity(queries, self.bank.rows, positives),
             row_similarity(queries.detach(), self.bank.rows, hard),
-            valid,
-            any_hard,
+            valid & seen[positives],
+            any_hard & seen[hard],
         )
         counts = {"positives": valid.sum(1).float().mean(), "propagated": alike_valid.sum(1).float().mean()}
         return losses.mean(), counts
@@ -265,7 +269,8 @@ class SGCL(nn.Module):
         closest = near.gather(1, similarity.argmax(1, keepdim=True))[:, 0]
         found, valid = self.miner.mine(torch.cat([queries, rows[closest]]), torch.cat([index, closest]), rows)
         found, valid = torch.cat(found.chunk(2), dim=1), torch.cat(valid.chunk(2), dim=1)
-        return unite(found, valid & (found != index[:, None]) & near_valid.any(1, keepdim=True))
+        valid &= (found != index[:, None]) & near_valid.any(1, keepdim=True) & self.bank.seen[found]
+        return unite(found, valid)
 
     def _update(self, queries: Tensor, units: Tensor, corners: Tensor | None, index: Tensor) -> None:
         self.bank.update(index, queries)

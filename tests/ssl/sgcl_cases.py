@@ -18,10 +18,15 @@ def grid_manifest(slides: int = 2, columns: int = 6, rows: int = 6) -> SimpleNam
     return SimpleNamespace(slides=names, x=np.tile(x, slides), y=np.tile(y, slides))
 
 
-def make_sgcl(model: str = "test_ssmamba", manifest=None, model_args=None, **arguments) -> SGCL:
+def make_sgcl(model: str = "test_ssmamba", manifest=None, model_args=None, seen: bool = True, **arguments) -> SGCL:
+    """`seen`: as if every tile had been looked at before, so that all rows of the banks count."""
     torch.manual_seed(0)
     encoder = timm.create_model(model, num_classes=0, **(model_args or {}))
-    return SGCL(encoder, grid_manifest() if manifest is None else manifest, **arguments)
+    sgcl = SGCL(encoder, grid_manifest() if manifest is None else manifest, **arguments)
+    for name, buffer in sgcl.named_buffers():
+        if name.endswith(".seen"):
+            buffer.fill_(seen)
+    return sgcl
 
 
 def make_batch(index=(0, 7, 40, 71), img_size: int = 64, crop_size: int = 32) -> dict[str, torch.Tensor]:

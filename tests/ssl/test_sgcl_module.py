@@ -53,6 +53,19 @@ def test_self_loss_is_instance_discrimination():
     assert out["loss_spatial"] == out["loss_crop"] == out["positives"] == 0
 
 
+def test_noise_in_the_banks_does_not_count():
+    sgcl, batch = make_sgcl(seen=False, ramp_epochs=0), make_batch()
+    first = sgcl(batch)
+    assert all(first[name] == 0 for name in ("loss", "loss_self", "loss_spatial", "loss_crop", "propagated"))
+    first["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in sgcl.parameters() if p.grad is not None)
+    second = sgcl.eval()(batch)
+    with torch.no_grad():
+        logits = sgcl._project(sgcl._pool(batch["image"])) @ sgcl.bank.rows[batch["index"]].T / 0.2
+    # Of 72 tiles there are four to be told apart.
+    assert second["loss_self"].item() == pytest.approx(F.cross_entropy(logits, torch.arange(4)).item(), rel=1e-4)
+
+
 def test_crop_loss_tells_the_corner_of_other_tiles():
     sgcl, batch = make_sgcl(intra=False, inter=False), make_batch()
     rows = sgcl.corners.rows.clone().view(72, 4, -1)

@@ -29,11 +29,18 @@ class TestBank:
 
     def test_rows_follow(self):
         bank, new = FeatureBank(6, 4, momentum=0.25), unit(2, 4, seed=5)
+        bank.seen[:] = True
         before = bank.rows.clone()
         bank.update(torch.tensor([4, 1]), 3 * new)
         expected = F.normalize(0.25 * before[[4, 1]] + 0.75 * new, dim=1)
         torch.testing.assert_close(bank.rows[[4, 1]], expected)
         assert torch.equal(bank.rows[[0, 2, 3, 5]], before[[0, 2, 3, 5]])
+
+    def test_noise_is_replaced_by_the_first_vector(self):
+        bank, new = FeatureBank(6, 4), unit(1, 4, seed=5)
+        bank.update(torch.tensor([4]), 3 * new)
+        torch.testing.assert_close(bank.rows[[4]], new)
+        assert bank.seen.tolist() == [False] * 4 + [True, False]
 
     def test_of_a_row_that_is_named_twice_the_last_counts(self):
         new = unit(3, 4, seed=5)
