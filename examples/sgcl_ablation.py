@@ -132,13 +132,16 @@ def encoder_of(variant, seed, manifest, arguments):
         seed=seed,
         workers=arguments.workers,
         drop_path_rate=0.0,
+        # The banks begin as noise, and in the first epoch that is what the network would learn.
+        warmup_epochs=min(1.0, arguments.epochs / 2),
         checkpoint_epochs=None,
         view_args={"jitter": arguments.jitter, "gray": arguments.jitter / 2},
         # The spatial loss must count for most of a short run.
         method_args={"ramp_epochs": max(1, arguments.epochs // 5), **VARIANTS[variant]},
     )
     run = run_folder(variant, seed, arguments)
-    pretrain(config, run, resume=True, progress=False)
+    if pretrain(config, run, resume=True, progress=False).stopped_by is not None:
+        raise SystemExit(f"{run} was stopped; the same line goes on with it")
     return load_encoder(arguments.model, checkpoint=run)
 
 
