@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from command_lines import ROOT, check_line, command_lines, sub_command
 
+from ssmamba_models import __version__
 from ssmamba_models.data.synthetic import synthetic_he, write_synthetic_tiles
 
 for package in ("accelerate", "tensorboard", "h5py", "openslide", "sklearn", "matplotlib", "torchmil"):
@@ -89,8 +90,8 @@ def inputs(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(ssmamba, inputs, tmp_path):
     """A run folder of `ssmamba pretrain`, where a section speaks of one that an earlier section made."""
-    options = QUICK["pretrain"].split()
-    made = ssmamba("pretrain", "--data", inputs / "tiles", "--model", "test_ssmamba", "--out", tmp_path / "run", *options)
+    options = ("--model", "test_ssmamba", *QUICK["pretrain"].split())
+    made = ssmamba("pretrain", "--data", inputs / "tiles", "--out", tmp_path / "run", *options)
     assert made.exit_code == 0, made.output
     return tmp_path / "run"
 
@@ -184,3 +185,14 @@ def test_python_names_in_the_text_exist():
     for dotted in set(re.findall(r"`(ssmamba_models(?:\.\w+)+)[(`]", README)):
         module, _, name = dotted.rpartition(".")
         assert hasattr(importlib.import_module(module), name), dotted
+
+
+def test_the_version_is_the_same_everywhere():
+    import yaml
+
+    (cff,) = [text for _, text in blocks("yaml")]
+    assert yaml.safe_load(cff)["version"] == __version__
+    (bibtex,) = [text for _, text in blocks("bibtex")]
+    assert f"version = {{{__version__}}}" in bibtex
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\S+)", changelog, re.MULTILINE)[0] == __version__
