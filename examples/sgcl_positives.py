@@ -5,7 +5,8 @@ python examples/sgcl_positives.py [--run RUN] [--data MANIFEST] [--out sgcl_posi
 RUN is a folder of `ssmamba pretrain --method sgcl`; the sets are those that its last checkpoint would go on with.
 Without it a tiny model is trained on synthetic slides, which takes half a minute. Each row shows a tile, then some of
 its positives of both kinds and of its hard negatives, drawn at random. Where tiles have labels a frame tells whether
-they are of the first tile's tissue (green) or of another (red), and how often that is so over all tiles is printed.
+they are of the first tile's tissue (green) or of another (red; grey: of the label "unlabelled"), and how often that is so
+over all tiles is printed.
 """
 
 import argparse
@@ -28,6 +29,8 @@ from ssmamba_models.engine.pretrain import PretrainConfig, build, pretrain, sele
 TITLES = {"near": "spatial positives", "propagated": "propagated positives", "hard": "hard negatives"}
 SAME, OTHER, PLAIN = (0, 150, 60), (215, 30, 30), (120, 120, 120)
 GAP, BAND = 10, 16
+# As examples/sgcl_ablation.py calls the tissue of a real slide's tiles.
+UNLABELLED = "unlabelled"
 
 
 def train_on_synthetic_slides(folder):
@@ -68,21 +71,23 @@ def mine(module, size, batch=256):
 
 
 def print_shares(sets, labels):
-    """How often the members of each kind are of the tile's own tissue."""
-    chance = np.mean([np.mean(labels == label) for label in labels])
+    """How often the members of each kind are of the tile's own tissue; tiles of no known tissue are left out."""
+    known = labels != UNLABELLED
+    chance = np.mean([np.mean(labels[known] == label) for label in labels[known]])
     print(f"same tissue, of any two tiles: {chance:.1%}")
     for kind, members in sets.items():
-        if not any(map(len, members)):
+        pairs = [(found[known[found]], label) for found, label in zip(members, labels) if label != UNLABELLED]
+        if not sum(len(found) for found, _ in pairs):
             print(f"{TITLES[kind]}: none")
             continue
-        same = np.concatenate([labels[found] == label for found, label in zip(members, labels)])
-        count = np.mean([len(np.unique(found)) for found in members])
+        same = np.concatenate([labels[found] == label for found, label in pairs])
+        count = np.mean([len(np.unique(found)) for found, _ in pairs])
         print(f"{TITLES[kind]}: {count:.1f} of a tile, {same.mean():.1%} of its tissue")
 
 
 def choose_anchors(sets, labels, count, rng):
     """Tiles that have members of all kinds, of different tissues as far as there are."""
-    whole = np.array([all(map(len, members)) for members in zip(*sets.values())])
+    whole = np.array([all(map(len, members)) for members in zip(*sets.values())]) & (labels != UNLABELLED)
     if not whole.any():
         raise SystemExit("no tile has positives of both kinds; train longer, or with intra and inter")
     order = rng.permutation(np.flatnonzero(whole))
@@ -115,7 +120,8 @@ def draw(sets, anchors, tiles, labels, arguments, rng):
         for left, kind in zip(starts, TITLES):
             members = np.unique(sets[kind][anchor])
             for column, place in enumerate(rng.permutation(members)[:shown]):
-                frame = PLAIN if tiles.labels is None else SAME if labels[place] == labels[anchor] else OTHER
+                frame = SAME if labels[place] == labels[anchor] else OTHER
+                frame = PLAIN if tiles.labels is None or labels[place] == UNLABELLED else frame
                 picture.paste(read_picture(tiles, place, side, frame), (left + column * side, top))
     return picture
 
