@@ -37,8 +37,8 @@ class SGCL(nn.Module):
     L_crop (`inner`): InfoNCE of the crop of each corner and that corner's bank entry, against a quarter of the same
         uniform tiles, with all their corners.
 
-    Rows of the banks are noise until their tile was looked at, and do not count before: the first epoch fills the
-    banks, and teaches little else.
+    Rows of the banks are noise until their tile was looked at. They do not count before, nor does the tile: the first
+    epoch fills the banks, and teaches nothing.
 
     With all three switched off it is plain instance discrimination. With `intra` off the neighbours are no positives,
     and no hard negatives either.
@@ -236,11 +236,12 @@ class SGCL(nn.Module):
         positives, valid = unite(
             torch.cat([near, alike], dim=1), torch.cat([near_valid & self.intra, alike_valid], dim=1)
         )
+        # Not even by a little: an optimiser that scales gradients would make a training of it.
         seen = self.bank.seen
         losses = self.spatial_loss(
             row_similarity(queries, self.bank.rows, positives),
             row_similarity(queries.detach(), self.bank.rows, hard),
-            valid & seen[positives],
+            valid & seen[positives] & seen[index, None],
             any_hard & seen[hard],
         )
         counts = {"positives": valid.sum(1).float().mean(), "propagated": alike_valid.sum(1).float().mean()}
