@@ -31,6 +31,14 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     Also takes what `timm.create_model` takes instead of a name: "hf-hub:ORG/NAME[@REVISION]" and "local-dir:PATH".
     Weights that `ssmamba publish` wrote are compared with the SHA-256 that it wrote beside them.
 
+    Args:
+        model_name: of `list_models`, with or without a tag, or one of these sources.
+        pretrained: whether to load trained weights; those of the package need no network.
+        kwargs: as of `timm.create_model`, such as num_classes, in_chans, features_only.
+
+    Returns:
+        The model: images (B, in_chans, H, W) -> logits (B, num_classes), or features (B, D) if num_classes is 0.
+
     Raises:
         ValueError: this package has no model, or no weights, of that name.
         WeightsError: an OSError; the weights are not there, cannot be fetched, or are not those that were published.

@@ -47,6 +47,7 @@ class DirectionalSSM(nn.Module):
         dt_rank: rank of W_delta.
         d_state: N, the states of each channel.
         scale: 1, or the factor by which the map is average-pooled before the scan.
+        device, dtype: of the parameters, as in torch.
 
     Shape: (B, H, W, D) and a hold mask (B, H, W) or None -> (B, H, W, D).
 
@@ -125,6 +126,7 @@ class DMS(nn.Module):
         scales: pooling factor of each scale; (1, 2) scans half of the channels at full and half at half resolution.
         d_state: states per channel N.
         dt_rank: rank of the step size projection; default max(4, ceil(C / 16)).
+        device, dtype: of the parameters, as in torch.
 
     Shape: (B, H, W, C) and a hold mask (B, H, W) or None -> (B, H, W, C).
 

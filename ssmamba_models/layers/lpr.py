@@ -13,6 +13,10 @@ class LPR(nn.Module):
     A depthwise convolution with zero padding tells a token what lies around it and how far the border is: it encodes
     position, is translation invariant inside the map, and works at any size.
 
+    Args:
+        dim: width C.
+        device, dtype: of the parameters, as in torch.
+
     Shape: (B, H, W, C) -> (B, H, W, C).
 
     Source: SSMamba (arXiv:2604.15711), LPR; the form is CMT's local perception unit (arXiv:2107.06263, eq. 2).

@@ -33,6 +33,7 @@ class Mamba(nn.Module):
         d_conv: taps of the convolution, 2 to 4.
         expand: D / C.
         dt_rank: rank of the step size projection; default ceil(C / 16).
+        device, dtype: of the parameters, as in torch.
 
     Shape: (B, L, C) and a mask (B, L) or None -> (B, L, C). False in the mask marks padding, which lies at the
     beginning or the end of a sequence: it changes nothing at the other steps, and gives 0 itself.

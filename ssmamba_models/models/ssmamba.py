@@ -188,6 +188,7 @@ class SSMamba(nn.Module):
         mlp_ratio: hidden width of the MLPs over their width.
         drop_rate: dropout before the classifier. proj_drop_rate: dropout in the MLPs.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+        device, dtype: of the parameters, as in torch.
 
     Shape: forward (B, in_chans, H, W) -> (B, num_classes), or (B, num_features) without classifier, or
     (B, h, w, num_features) without pooling; forward_features -> (B, h, w, num_features), h = ceil(H / 32) in steps of
@@ -278,6 +279,7 @@ class SSMamba(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
+        """The classifier, an identity where there is none."""
         return self.head.fc
 
     @torch.jit.ignore
@@ -345,9 +347,11 @@ class SSMamba(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, h, w, num_features), before norm and pooling."""
         return self.stages(self.stem(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, h, w, num_features) -> (B, num_classes); with `pre_logits` the pooled features (B, num_features)."""
         return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -364,7 +368,7 @@ def _check_geometry(
     num_classes: int,
     dims: Sequence[int],
     depths: Sequence[int],
-    scales: Sequence[int],
+    scales: Sequence[Sequence[int]],
     drop_path_rate: float,
 ) -> None:
     _check_classes(num_classes)
