@@ -4,9 +4,9 @@ python examples/sgcl_positives.py [--run RUN] [--data MANIFEST] [--out sgcl_posi
 
 RUN is a folder of `ssmamba pretrain --method sgcl`; the sets are those that its last checkpoint would go on with.
 Without it a tiny model is trained on synthetic slides, which takes half a minute. Each row shows a tile, then some of
-its positives of both kinds and of its hard negatives, drawn at random. Where tiles have labels a frame tells whether
-they are of the first tile's tissue (green) or of another (red; grey: the label "unlabelled"), and how often that is so over
-all tiles is printed.
+its positives of both kinds and of its hard negatives, drawn at random. Where tiles have labels, a frame tells whether
+they are of the first tile's tissue (green) or of another (red; grey: "unlabelled"), and the script prints how often
+that is so over all tiles.
 """
 
 import argparse

@@ -50,7 +50,7 @@ class SGCL(nn.Module):
 
     For N = 1,000,000 tiles, embed_dim 384 and dim 128 the banks take 512 MB (V), 2,048 MB (corners, with `inner`) and
     1,536 MB (encoder features, with `intra` or `inter`), 4.1 GB in all, on the device and in each checkpoint; an
-    average of the weights (ema_decay) doubles that. Clusters take 12 MB, the neighbour index 40 MB. A step of B tiles
+    average of the weights (ema_decay) doubles that. Clusters take 12 MB, the neighbour index 32 MB. A step of B tiles
     holds up to about 0.4 GB besides, and the crops' logits, 3 MB per tile. It multiplies B * N * (2 * 128 + 384) times,
     0.16 TFLOP for B = 128, and selects from as many rows; an epoch's clusterings take three passes of MiniBatchKMeans
     over 1M x 128 with 1,000 clusters. `ssmamba benchmark sgcl` measures all of it on your machine.

@@ -59,6 +59,9 @@ def test_noise_in_the_banks_does_not_count():
     assert all(first[name] == 0 for name in ("loss", "loss_self", "loss_spatial", "loss_crop", "propagated"))
     first["loss"].backward()
     assert all(p.grad.isfinite().all() for p in sgcl.parameters() if p.grad is not None)
+    beside = sgcl.eval()(make_batch(index=(1, 2, 6, 8)))  # neighbours of what was looked at, themselves new
+    assert beside["positives"] > 0
+    assert beside["loss"] == beside["loss_spatial"] == 0
     second = sgcl.eval()(batch)
     with torch.no_grad():
         logits = sgcl._project(sgcl._pool(batch["image"])) @ sgcl.bank.rows[batch["index"]].T / 0.2
