@@ -229,7 +229,7 @@ def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         values = yaml.safe_load(text.decode("utf-8"))
         # What refers to itself, or is a page when it is written out, can be neither compared nor saved.
         _check_size(values)
-    # PyYAML raises much else than YAMLError: of "2001-99-99", "0x", "[[[[..." or "!!timestamp x".
+    # PyYAML raises much else than YAMLError: of "2001-99-99", "[[[[..." or "!!timestamp x".
     except Exception as error:
         raise ValueError(f"the configuration {str(file)!r} is not YAML ({' '.join(str(error).split())})") from error
     if values is None:
