@@ -218,7 +218,7 @@ def training_table(variants, arguments, count):
 
 
 def report(tiles, manifest, arguments):
-    settings = Settings(seeds=arguments.seeds)
+    settings = Settings(seeds=arguments.seeds, episodes=1)  # of few labels, which no table shows
     data = TaskData(tiles, Task("tissue", tuple(sorted(arguments.classes))), settings)
     features = {
         variant: [features_of(variant, seed, tiles, manifest, arguments) for seed in range(arguments.seeds)]
