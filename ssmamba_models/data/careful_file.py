@@ -67,6 +67,12 @@ def create_hdf5(path: str | os.PathLike) -> Iterator[tuple[Any, CarefulFile]]:
     """
     h5py = require_h5py()
     with CarefulFile(path) as disk:
-        with h5py.File(disk, "w") as file:
-            yield file, disk
+        try:
+            with h5py.File(disk, "w") as file:
+                yield file, disk
+        except Exception as error:
+            # HDF5 stumbles over what was not written, and speaks of heaps and trees.
+            if disk.error is not None and error is not disk.error:
+                raise disk.error from error
+            raise
         disk.check()

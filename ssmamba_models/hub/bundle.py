@@ -11,13 +11,14 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg, is_model, save_for_hf
 from torch import nn
 
 from ssmamba_models._version import __version__
 from ssmamba_models.engine.weight_facts import weight_facts
-from ssmamba_models.engine.weights import classifier_width, find_weights, fit_weights, read_weights
+from ssmamba_models.engine.weights import classifier_width, find_weights, first_line, fit_weights, read_weights
 from ssmamba_models.hub.card import CardFacts, make_card
 from ssmamba_models.hub.card_page import CardInfo
 from ssmamba_models.hub.run_record import read_run
@@ -100,16 +101,21 @@ def write_bundle(folder: Path, trained: Trained, repo_id: str, info: CardInfo, b
 
     Returns:
         The SHA-256 of model.safetensors.
+
+    Raises:
+        OSError: it cannot be written.
     """
     network = trained.network.to(torch.bfloat16) if bf16 else trained.network
     _tell_cfg(network, trained, info)
     labels = {"label_names": list(trained.classes)} if trained.classes else {}
-    save_for_hf(
-        network, str(folder), model_config=labels, model_args=dict(trained.model_args) or None, safe_serialization=True
-    )
-    # Once more, with the metadata, which timm does not write.
-    tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS, {**trained.metadata, "format": "pt", "model": trained.model})
+    args = dict(trained.model_args) or None
+    try:
+        save_for_hf(network, str(folder), model_config=labels, model_args=args, safe_serialization=True)
+        # Once more, with the metadata, which timm does not write.
+        tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS, {**trained.metadata, "format": "pt", "model": trained.model})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {str(folder / WEIGHTS)!r} ({first_line(error)}); make room, try again") from error
     sha256 = file_sha256(folder / WEIGHTS)
     set_usual_mode(folder / WEIGHTS)
     _add_domain(folder / CONFIG, _domain(trained, info, sha256))

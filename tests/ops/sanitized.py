@@ -34,7 +34,7 @@ def draw(op: str, dice: random.Random) -> dict:
         "bias": dice.random() < 0.5,
     }
     if op == "causal_conv1d":
-        return {**some, "length": dice.randint(1, 70), "taps": dice.randint(1, 6), "silu": dice.random() < 0.5}
+        return {**some, "length": dice.randint(1, 70), "taps": dice.randint(2, 4), "silu": dice.random() < 0.5}
     some |= {"states": dice.choice([1, 1, 2, 3, 8, 16, 17]), "skip": dice.random() < 0.5}
     if op == "directional_scan":
         return {**some, "height": dice.randint(1, 9), "width": dice.randint(1, 9), "hold": dice.random() < 0.5}
