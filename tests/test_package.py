@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -126,18 +127,24 @@ def test_nothing_built_is_tracked():
     assert built == []
 
 
+def sources(tmp_path: Path, *without: str) -> Path:
+    """A copy of what a package is built from."""
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed: nothing can be built without a network")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", *without)
+    shutil.copytree(ROOT / "ssmamba_models", source / "ssmamba_models", ignore=ignore)
+    return source
+
+
 def build(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess, Path]:
     """A wheel of a copy of the sources, built where there is no working C compiler."""
-    if importlib.util.find_spec("setuptools") is None:
-        pytest.skip("setuptools is not installed: a wheel cannot be built without a network")
     if not Path("/bin/false").exists():
         pytest.skip("no command that always fails")
-    source, wheels = tmp_path / "source", tmp_path / "wheels"
-    source.mkdir()
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
-    shutil.copytree(ROOT / "ssmamba_models", source / "ssmamba_models", ignore=ignore)
+    source, wheels = sources(tmp_path), tmp_path / "wheels"
     environment = {k: v for k, v in os.environ.items() if k != "SSMAMBA_REQUIRE_EXT"} | environment
     run = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", wheels, source],
@@ -153,7 +160,10 @@ def test_without_a_compiler_a_plain_install_works(tmp_path):
     (wheel,) = wheels.glob("*.whl")
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
-        assert not [name for name in archive.namelist() if name.endswith((".so", ".pyd"))]
+        names = set(archive.namelist())
+        assert not [name for name in names if name.endswith((".so", ".pyd"))]
+        assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"ssmamba_models"}
+        assert {"ssmamba_models/py.typed", "ssmamba_models/weights/ssmamba_tiny.mamim_lc25000.safetensors"} <= names
         archive.extractall(installed)
     code = """
 import warnings, torch, ssmamba_models
@@ -171,6 +181,24 @@ print(Path(ssmamba_models.__file__).parents[1], y.shape[1], len(ours), report["b
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == [str(installed), "48", "1", "False"]
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_the_sources_and_no_tests(tmp_path):
+    source = sources(tmp_path, "*.safetensors")  # which take seconds to compress
+    (source / "tests").mkdir()
+    shutil.copy(__file__, source / "tests")
+    run = subprocess.run(
+        [sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"],
+        cwd=source, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert not [name for name in names if name.startswith("tests")]
+    assert {"CHANGELOG.md", "LICENSE", "README.md", "setup.cfg", "pyproject.toml"} <= names
+    assert {f"ssmamba_models/ops/cpu/{path.name}" for path in (ROOT / "ssmamba_models/ops/cpu").glob("*.[ch]")} <= names
+    assert {"ssmamba_models/py.typed", "ssmamba_models/weights/ssmamba_tiny.mamim_lc25000.yaml"} <= names
 
 
 @pytest.mark.slow
