@@ -85,7 +85,8 @@ def convert_features(
                 if place.resolve() == file.resolve():
                     raise ValueError("its output would take its own place; choose another --out")
                 _write(features, place, target_layout, overwrite)
-        except (ValueError, OSError, KeyError, RuntimeError) as error:  # the last two: HDF5 broken within
+        # The last ones: HDF5 broken within, which may tell of more rows than any memory holds.
+        except (ValueError, OSError, KeyError, RuntimeError, TypeError, MemoryError) as error:
             failed.append((file, str(error) or type(error).__name__))
         else:
             taken[place] = file

@@ -183,7 +183,7 @@ def _check_layout(file: Any, name: str) -> None:
             )
     if file["features"].ndim != 2 or file["features"].dtype.kind != "f":
         found = f"{file['features'].dtype} of shape {file['features'].shape}"
-        raise ValueError(f"{name!r}: features are {found}, expected float32 (N, D)")
+        raise ValueError(f"{name!r}: features are {found}, expected (N, D) of float32")
     rows = len(file["features"])
     for column in ("paths", "labels"):
         if column in file and getattr(file[column], "shape", None) != (rows,):

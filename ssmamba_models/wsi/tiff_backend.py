@@ -92,7 +92,10 @@ class TiffBackend:
         self._cache = _BlockCache(cache_bytes)
         try:
             self._file = tifffile.TiffFile(path)
-        except (tifffile.TiffFileError, ValueError) as error:
+        # Broken headers make tifffile raise IndexError, struct.error and others.
+        except Exception as error:
+            if getattr(error, "errno", None) is not None:
+                raise
             raise NotASlideError(f"tifffile cannot open {os.fspath(path)!r}: {one_line(error)}") from error
         try:
             self._describe()

@@ -49,7 +49,18 @@ def inputs(labelled_tiles, tmp_path_factory):
         assert code == 0, said
     labels = str(folder / "features" / "labels.csv")
     mil = ["mil", "train", "--features", features, "--labels", labels, "--aggregator", "abmil", "--folds", "2"]
-    evaluate = ["evaluate", "--data", str(labelled_tiles), "--model", "color_histogram", "--device", "cpu", "--quiet"]
+    evaluate = [
+        "evaluate",
+        "--data",
+        str(labelled_tiles),
+        "--model",
+        "color_histogram",
+        "--folds",
+        "3",
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
     return {
         "embed": ["embed", str(labelled_tiles), *SMALL, "--workers", "0", "--device", "cpu", "--quiet"],
         "extract": ["extract", str(folder / "slide.tif"), *SMALL, *CUT, "--device", "cpu"],

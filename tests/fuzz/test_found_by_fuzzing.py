@@ -172,3 +172,15 @@ def test_names_that_are_no_text(tmp_path):
         file.create_dataset("paths", data=[b"\xff"], dtype=h5py.string_dtype())
     with pytest.raises(ValueError, match=r"a\.h5' is damaged"):
         read_features(path)
+
+
+def test_more_rows_than_any_memory_holds(tmp_path):
+    """A data set says how long it is, and need not have been written."""
+    h5py = pytest.importorskip("h5py", reason="feature files need the [wsi] extra")
+    from ssmamba_models.data.convert import convert_features
+
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("features", (2**40, 5), "f4", chunks=(256, 5))
+        file.create_dataset("coords", (2**40, 2), "i8", chunks=(256, 2))
+    summary = convert_features(tmp_path / "a.h5", tmp_path / "out", source_layout="clam", target_layout="ssmamba")
+    assert [path.name for path, _ in summary.failed] == ["a.h5"]
