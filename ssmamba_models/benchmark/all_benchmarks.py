@@ -57,7 +57,7 @@ class Part:
 
 def make_parts(plan: AllPlan) -> dict[str, Part]:
     """The benchmarks and their sizes: with two cores of a CPU the full ones take about twenty minutes."""
-    common = {"device": plan.device, "threads": plan.threads}
+    common: dict[str, Any] = {"device": plan.device, "threads": plan.threads}
     sizes = _quick_sizes() if plan.quick else _full_sizes()
     plans = {
         "ops": OpsPlan(**common, **sizes["ops"]),
@@ -67,7 +67,7 @@ def make_parts(plan: AllPlan) -> dict[str, Part]:
         "extract": ExtractBenchmark(**common, **sizes["extract"]),
         "sgcl": SgclBenchmark(**common, **sizes["sgcl"]),
     }
-    rest = {
+    rest: dict[str, tuple[str, Any, Any, Any]] = {
         "ops": ("Operators", run_ops, format_ops, _ops_ratios),
         "models": ("Models, inference", run_models, format_models, _models_ratios),
         "models_train": ("Models, training steps", run_models, format_models, _models_ratios),

@@ -45,7 +45,7 @@ def command() -> None:
 
 def _common_options(function: Callable) -> Callable:
     """What all benchmarks are told about where and how long to run."""
-    options = [
+    options: list[Callable] = [
         click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to run."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]"),
         click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Samples each."),
