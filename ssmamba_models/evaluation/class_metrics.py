@@ -62,22 +62,30 @@ def count_by_group(
     return ClassCounts(count(actual, actual == predicted), count(predicted, everywhere), count(actual, everywhere))
 
 
-def one_vs_rest_auc(actual: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def one_vs_rest_auc(
+    actual: np.ndarray, scores: np.ndarray, weights: np.ndarray, group_of: np.ndarray | None = None
+) -> np.ndarray:
     """Area under the ROC curve of each class against the others, ties counted half.
 
     Args:
         actual: (N,) classes 0..C-1.
         scores: (N, C), higher means more likely.
         weights: (B, N), how often each tile is in each draw.
+        group_of: (N,) what was drawn, if that was groups. A group drawn twice is then compared with others twice as
+            often, but with itself once for each time, never with its own copy: copies would make the pairs inside
+            groups too many, and the mean over the draws another figure than that of the groups as they are.
 
     Returns:
         (B, C); NaN where a draw has no tile of the class, or none of the others.
     """
-    columns = [_binary_auc(actual == label, scores[:, label], weights) for label in range(scores.shape[1])]
+    columns = [_binary_auc(actual == label, scores[:, label], weights, group_of) for label in range(scores.shape[1])]
     return np.stack(columns, axis=1)
 
 
-def _binary_auc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _binary_auc(
+    positive: np.ndarray, score: np.ndarray, weights: np.ndarray, group_of: np.ndarray | None
+) -> np.ndarray:
+    first, won, there = _pairs_inside(positive, score, group_of)
     order = np.argsort(score, kind="stable")
     ranked, positive = score[order], positive[order]
     tied = np.flatnonzero(np.concatenate(([True], ranked[1:] != ranked[:-1])))  # where each run of equal scores begins
@@ -88,9 +96,27 @@ def _binary_auc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) ->
         below = np.add.reduceat(weight * ~positive, tied, axis=1)
         beaten = np.cumsum(below, axis=1) - below / 2
         pairs = above.sum(axis=1) * below.sum(axis=1)
+        times = weights[start : start + _CHUNK, first].astype(np.float64)
+        copies = times * times - times
         with np.errstate(invalid="ignore"):
-            result[start : start + _CHUNK] = (above * beaten).sum(axis=1) / pairs
+            hits = (above * beaten).sum(axis=1) - copies @ won
+            result[start : start + _CHUNK] = hits / (pairs - copies @ there)
     return result
+
+
+def _pairs_inside(
+    positive: np.ndarray, score: np.ndarray, group_of: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each group that has both: the place of one of its tiles, the pairs that the positive wins, and all pairs."""
+    first, won, there = [], [], []
+    mixed = [] if group_of is None else np.intersect1d(group_of[positive], group_of[~positive])
+    for group in mixed:
+        places = np.flatnonzero(group_of == group)
+        ours, theirs = score[places[positive[places]], None], score[places[~positive[places]]]
+        first.append(places[0])
+        won.append((ours > theirs).sum() + (ours == theirs).sum() / 2)
+        there.append(ours.size * theirs.size)
+    return np.array(first, dtype=np.int64), np.array(won, dtype=np.float64), np.array(there, dtype=np.float64)
 
 
 def estimate_metrics(actual: np.ndarray, scores: np.ndarray, resampling: Resampling) -> dict[str, Estimate]:
@@ -115,7 +141,7 @@ def _all_draws(actual: np.ndarray, scores: np.ndarray, resampling: Resampling) -
     weights = np.concatenate((np.ones((1, resampling.count), np.float32), resampling.weights))
     counts = count_by_group(actual, scores.argmax(axis=1), resampling.group_of, resampling.count, scores.shape[1])
     drawn = ClassCounts(weights @ counts.hits, weights @ counts.predicted, weights @ counts.actual)
-    auc = one_vs_rest_auc(actual, scores, weights[:, resampling.group_of])
+    auc = one_vs_rest_auc(actual, scores, weights[:, resampling.group_of], resampling.group_of)
     return {**drawn.scores(), "auc": mean_of_known(auc)}
 
 

@@ -227,19 +227,28 @@ def _estimate(task: SlideTask, scores: np.ndarray) -> dict[str, Estimate]:
     estimates = estimate_metrics(labels, scores, resampling)
     # The models of two folds need not agree in scale: ranks are compared within each.
     weights = np.concatenate((np.ones((1, resampling.count), np.float32), resampling.weights))[:, resampling.group_of]
-    rows = [_fold_auc(task, folds, labels, scores[seed], weights) for seed, folds in enumerate(task.protocol.seeds)]
+    rows = [
+        _fold_auc(task, folds, labels, scores[seed], weights, resampling.group_of)
+        for seed, folds in enumerate(task.protocol.seeds)
+    ]
     estimates["auc"] = resampling.estimate([row[0] for row in rows], np.stack([row[1:] for row in rows]))
     return estimates
 
 
 def _fold_auc(
-    task: SlideTask, folds: Sequence[Fold], labels: np.ndarray, scores: np.ndarray, weights: np.ndarray
+    task: SlideTask,
+    folds: Sequence[Fold],
+    labels: np.ndarray,
+    scores: np.ndarray,
+    weights: np.ndarray,
+    patient_of: np.ndarray,
 ) -> np.ndarray:
     """(1 + B,): the mean over folds of the macro AUC, of the slides as they are and in each draw."""
     columns = []
     for fold in folds:
         places = np.searchsorted(task.protocol.test, fold.test)
-        columns.append(mean_of_known(one_vs_rest_auc(labels[places], scores[places], weights[:, places])))
+        areas = one_vs_rest_auc(labels[places], scores[places], weights[:, places], patient_of[places])
+        columns.append(mean_of_known(areas))
     return mean_of_known(np.stack(columns, axis=1))
 
 

@@ -69,3 +69,30 @@ def test_the_table_of_classes_and_the_confusion_matrix(case):
         assert row["auc"] == pytest.approx(metrics.roc_auc_score(actual == place, scores[:, place]))
         assert row["groups"] == len(set(np.flatnonzero(actual == place) // 2))
     assert np.array_equal(confusion_matrix(actual, scores), metrics.confusion_matrix(actual, predicted))
+
+
+def test_a_group_drawn_twice_is_not_compared_with_its_copy():
+    """Each group tells its two sides apart, groups do not agree on the scale: the draws' mean stays at the value."""
+    dice = np.random.default_rng(0)
+    group_of = np.repeat(np.arange(5), 4)
+    actual = np.tile([0, 0, 1, 1], 5)
+    score = dice.normal(size=5)[group_of] * 5 + actual
+    scores = np.stack([-score, score], axis=1)
+    drawn = dice.multinomial(5, np.full(5, 0.2), size=4000)[:, group_of]
+    plain = one_vs_rest_auc(actual, scores, np.ones((1, 20)), group_of)[0, 1]
+    areas = one_vs_rest_auc(actual, scores, drawn, group_of)[:, 1]
+    copied = one_vs_rest_auc(actual, scores, drawn)[:, 1]
+    assert np.nanmean(areas) == pytest.approx(plain, abs=0.02)
+    assert np.nanmean(copied) > plain + 0.03
+    once = one_vs_rest_auc(actual, scores, np.ones((1, 20)))[0, 1]
+    assert once == plain
+
+
+def test_groups_drawn_twice_weigh_their_pairs():
+    """By hand: groups {+3, -1} and {+2, -4}, the first drawn twice."""
+    actual, group_of = np.array([1, 0, 1, 0]), np.array([0, 0, 1, 1])
+    score = np.array([3.0, 1.0, 2.0, 4.0])
+    scores = np.stack([-score, score], axis=1)
+    # Inside: 2 x (3 > 1) and 1 x (2 < 4); across: 2 x (3 < 4) and 2 x (2 > 1).
+    area = one_vs_rest_auc(actual, scores, np.array([[2, 2, 1, 1]]), group_of)[0, 1]
+    assert area == pytest.approx((2 + 2) / (2 + 1 + 2 + 2))
