@@ -6,6 +6,7 @@ take weights. Without weights they equal scikit-learn's (tested).
 
 from __future__ import annotations
 
+from typing import Any
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,7 +110,7 @@ def _pairs_inside(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each group that has both: the place of one of its tiles, the pairs that the positive wins, and all pairs."""
     first, won, there = [], [], []
-    mixed = [] if group_of is None else np.intersect1d(group_of[positive], group_of[~positive])
+    mixed: Any = [] if group_of is None else np.intersect1d(group_of[positive], group_of[~positive])
     for group in mixed:
         places = np.flatnonzero(group_of == group)
         ours, theirs = score[places[positive[places]], None], score[places[~positive[places]]]
