@@ -6,8 +6,8 @@ take weights. Without weights they equal scikit-learn's (tested).
 
 from __future__ import annotations
 
-from typing import Any
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
