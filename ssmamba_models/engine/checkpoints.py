@@ -52,13 +52,20 @@ class Checkpoints:
         with explained_writing(path, _size(state)), whole_file(path, overwrite=True) as part:
             torch.save(dict(state), part)
         sync_folder(self.folder)
+        self.prune(step)
+        return path
+
+    def prune(self, step: int) -> None:
+        """Remove those beyond `keep`, and those of later steps: damaged ones, which the run went back behind.
+
+        Args:
+            step: that of a checkpoint known to be whole.
+        """
         there = self.paths()
-        # Later ones are damaged: the run went back behind them.
-        kept = there[: there.index(path) + 1][-self.keep :]
+        kept = there[: there.index(self.folder / f"step-{step:08d}.pt") + 1][-self.keep :]
         for other in there:
             if other not in kept:
                 other.unlink(missing_ok=True)
-        return path
 
     def load(self, tell: Callable[[str], None]) -> dict[str, Any] | None:
         """Read the newest that is whole.

@@ -386,6 +386,9 @@ class Trainer:
         self.state = Progress(state["step"], state["seconds"], state["sums"], state["unreadable"])
         self.newest = newest
         process = self.accelerator.process_index
+        if process == 0:
+            # A kill between the writing of one and the removal of the oldest leaves one too many.
+            self.checkpoints.prune(state["step"])
         # With another number of processes the new ones keep the state that they were seeded with.
         if process < len(state["rng"]):
             restore_rng(state["rng"][process], self.device)
