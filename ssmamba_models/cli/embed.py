@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ssmamba_models.cli.options import pool_option
 from ssmamba_models.cli.warn import plain_warnings
 from ssmamba_models.engine.embed import EmbedSummary, embed_folder
 
@@ -25,6 +26,7 @@ from ssmamba_models.engine.embed import EmbedSummary, embed_folder
 @click.option(
     "--img-size", type=click.IntRange(1), help="Side of the input in pixels. Default: the checkpoint's or model's own."
 )
+@pool_option
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of random weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no closing line.")

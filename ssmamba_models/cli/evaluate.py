@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ssmamba_models.cli.options import pool_option
 from ssmamba_models.evaluation.embedding import Embedding
 from ssmamba_models.evaluation.evaluate import evaluate
 from ssmamba_models.evaluation.model_choice import parse_models
@@ -42,6 +43,7 @@ from ssmamba_models.evaluation.tasks import parse_task
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Repetitions.")
 @click.option("--magnification", is_flag=True, help="Compare tiles with themselves at half resolution.")
 @click.option("--img-size", type=click.IntRange(1), help="Side of the input in pixels. Default: the model's own.")
+@pool_option
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Tiles per forward pass.")
 @click.option(
     "--workers", type=click.IntRange(0), help="Processes that decode tiles; 0: none. Default: by the machine."

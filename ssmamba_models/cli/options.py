@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ssmamba_models.benchmark.report import write_json
+from ssmamba_models.engine.feature_pool import POOLS
 from ssmamba_models.output import check_output
 
 _STDOUT = Path("-")
@@ -26,6 +27,12 @@ def json_option(command: Callable) -> Callable:
     """--json FILE, as `json_path`; see `write_results`."""
     text = "Write all results here; -: print them, and nothing else."
     return click.option("--json", "json_path", metavar="FILE", type=click.Path(path_type=Path), help=text)(command)
+
+
+def pool_option(command: Callable) -> Callable:
+    """--pool, as `pool`: how an encoder's last map becomes a vector."""
+    text = "Features: model: its own head's; mean_std: mean and deviation of its last map, twice as wide."
+    return click.option("--pool", type=click.Choice(POOLS), default="model", show_default=True, help=text)(command)
 
 
 def check_json(path: Path | None) -> None:

@@ -55,6 +55,7 @@ def embed_folder(
     device: str | torch.device | None = None,
     bf16: bool = False,
     img_size: int | None = None,
+    pool: str = "model",
     seed: int = 0,
     overwrite: bool = False,
     progress: bool = True,
@@ -68,7 +69,7 @@ def embed_folder(
         folder: tiles, nested or flat; see `find_tiles` for what counts as a tile and when folders are labels.
         out: the file to write; its folder must exist. Written whole or not at all.
         model: a name of this zoo or any timm name.
-        pretrained, checkpoint, device, bf16, img_size, seed: as `load_encoder`.
+        pretrained, checkpoint, device, bf16, img_size, seed, pool: as `load_encoder`.
         batch_size: tiles per forward pass.
         workers: processes that decode tiles ahead; 0 decodes in this one, None chooses by the machine.
         overwrite: replace an existing `out`.
@@ -95,6 +96,7 @@ def embed_folder(
         device=device,
         bf16=bf16,
         img_size=img_size,
+        pool=pool,
         seed=seed,
     )
     return embed_tiles(

@@ -17,6 +17,7 @@ from timm.models import get_pretrained_cfg, is_model
 from torch import nn
 
 from ssmamba_models._version import __version__
+from ssmamba_models.engine.feature_pool import check_pool, pool_features
 from ssmamba_models.engine.weight_facts import WeightFacts, weight_facts
 from ssmamba_models.engine.weights import (
     RUN_WEIGHTS,
@@ -39,7 +40,7 @@ class Encoder:
     """A model that turns images into features, in eval mode on its device.
 
     Attributes:
-        model: maps (B, 3, H, W) float32 to (B, D).
+        model: maps (B, 3, H, W) float32 to (B, D), or to the map that is pooled to that.
         name: the timm name, with its tag where one was given.
         embed_dim: D.
         transform: turns a PIL RGB image into the (3, H, W) tensor that the model expects.
@@ -48,6 +49,7 @@ class Encoder:
         device: where the model is.
         bf16: whether `embed` runs under bfloat16 autocast.
         weights: the origin of the weights, as file attributes (pretrained_tag, checkpoint, seed).
+        pool: how a map becomes a vector (see `engine.feature_pool`).
     """
 
     model: nn.Module
@@ -58,6 +60,7 @@ class Encoder:
     device: torch.device
     bf16: bool
     weights: Mapping[str, Any]
+    pool: str = "model"
 
     @torch.inference_mode()
     def embed(self, images: torch.Tensor) -> torch.Tensor:
@@ -71,7 +74,7 @@ class Encoder:
         """
         images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            features = self.model(images)
+            features = pool_features(self.model, images, self.pool)
         return features.float().cpu()
 
     def provenance(self) -> dict[str, Any]:
@@ -79,6 +82,8 @@ class Encoder:
         return {
             "model": self.name,
             **self.weights,
+            # Left out where it is what it always was: jobs of earlier versions go on.
+            **({} if self.pool == "model" else {"pool": self.pool}),
             "weights_sha256": weights_sha256(self.model),
             **{key: self.data_config[key] for key in ("input_size", "mean", "std", "interpolation")},
             **{key: self.data_config[key] for key in ("crop_pct", "crop_mode")},
@@ -99,6 +104,7 @@ def load_encoder(
     bf16: bool = False,
     img_size: int | None = None,
     seed: int = 0,
+    pool: str = "model",
 ) -> Encoder:
     """Create a model of the zoo, or any model of timm, as a feature extractor.
 
@@ -114,6 +120,8 @@ def load_encoder(
         img_size: side of the square input in pixels; None takes the size that the checkpoint's run was
             trained at, where the file says one, else the model's own.
         seed: makes random weights the same in each run; unused where weights are loaded.
+        pool: "model" takes what the model's head gives; "mean_std" the mean of its last map and how much that varies
+            over the tile, twice as wide (see `engine.feature_pool.pool_features`).
 
     Returns:
         The encoder.
@@ -130,6 +138,7 @@ def load_encoder(
     if pretrained and checkpoint is not None:
         raise ValueError("--pretrained and --checkpoint exclude each other: the weights come from one of them")
     check_model_name(model)
+    check_pool(pool)
     place = resolve_device(device)
     source = None if checkpoint is None else find_weights(checkpoint)
     state, metadata = ({}, {}) if source is None else read_weights(source)
@@ -151,12 +160,13 @@ def load_encoder(
     return Encoder(
         model=network,
         name=model,
-        embed_dim=measure_embed_dim(network, model, data_config["input_size"], place),
+        embed_dim=measure_embed_dim(network, model, data_config["input_size"], place, pool),
         transform=transform,
         data_config=data_config,
         device=place,
         bf16=bf16,
         weights=_describe_weights(network, pretrained, source, seed),
+        pool=pool,
     )
 
 
@@ -245,23 +255,26 @@ def _input_transform(network: nn.Module, name: str, img_size: int | None) -> tup
         ) from error
 
 
-def measure_embed_dim(network: nn.Module, name: str, input_size: tuple[int, ...], device: torch.device) -> int:
+def measure_embed_dim(
+    network: nn.Module, name: str, input_size: tuple[int, ...], device: torch.device, pool: str = "model"
+) -> int:
     """Embed one blank image: it tells the true width, and finds an impossible size before a long run does.
 
     Args:
         network: in eval mode, on `device`.
         name: what the messages call it.
         input_size: (channels, height, width).
+        pool: as for `load_encoder`.
 
     Returns:
-        The width of its output.
+        The width of its features.
 
     Raises:
         ValueError: it cannot take images of that size, or does not return one vector per image.
     """
     try:
         with torch.inference_mode():
-            features = network(torch.zeros(1, *input_size, device=device))
+            features = pool_features(network, torch.zeros(1, *input_size, device=device), pool)
     except (RuntimeError, AssertionError, ValueError, TypeError, OverflowError) as error:
         raise ValueError(
             f"{name} cannot take images of {input_size[1]} x {input_size[2]} px ({first_line(error)}); "

@@ -21,7 +21,7 @@ class Embedding:
     """How features are computed.
 
     Attributes:
-        img_size, device, bf16: as `load_encoder`.
+        img_size, device, bf16, pool: as `load_encoder`.
         batch_size, workers: as `embed_folder`.
         progress: draw progress bars on stderr.
     """
@@ -31,6 +31,7 @@ class Embedding:
     workers: int | None = None
     device: str | torch.device | None = None
     bf16: bool = False
+    pool: str = "model"
     progress: bool = True
 
     def load(self, choice: ModelChoice, seed: int = 0, img_size: int | None = None) -> Encoder:
@@ -41,7 +42,7 @@ class Embedding:
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RandomWeightsWarning)
-            return choice.load(seed, img_size or self.img_size, self.device, self.bf16)
+            return choice.load(seed, img_size or self.img_size, self.device, self.bf16, self.pool)
 
     def tables(
         self,

@@ -49,6 +49,11 @@ def _opening(report: dict) -> str:
     return "\n".join(lines)
 
 
+def _features(entry: dict) -> str:
+    pool = entry["provenance"][0].get("pool")
+    return f"{entry['embed_dim']} ({pool})" if pool else str(entry["embed_dim"])
+
+
 def _models(report: dict) -> str:
     rows = [
         (
@@ -56,7 +61,7 @@ def _models(report: dict) -> str:
             f"`{entry['model']}`",
             _weights(entry),
             f"{entry['provenance'][0]['input_size'][-1]} px",
-            entry["embed_dim"],
+            _features(entry),
             ", ".join(f"`{sha[:12]}`" for sha in entry["weights_sha256"]),
         )
         for entry in report["models"]

@@ -37,9 +37,14 @@ class ModelChoice:
         return self.init == RANDOM and self.name != COLOR_HISTOGRAM
 
     def load(
-        self, seed: int = 0, img_size: int | None = None, device: torch.device | str | None = None, bf16: bool = False
+        self,
+        seed: int = 0,
+        img_size: int | None = None,
+        device: torch.device | str | None = None,
+        bf16: bool = False,
+        pool: str = "model",
     ) -> Encoder:
-        """Make the encoder; `seed` matters for random weights alone.
+        """Make the encoder; `seed` matters for random weights alone, and `pool` not for the colour histogram.
 
         Raises:
             ValueError, OSError: as `load_encoder`.
@@ -57,6 +62,7 @@ class ModelChoice:
             bf16=bf16,
             img_size=img_size,
             seed=seed,
+            pool=pool,
         )
 
     def _check_published(self) -> None:

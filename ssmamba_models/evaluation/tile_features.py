@@ -20,6 +20,7 @@ _TILES_KEY = "tiles_sha256"
 # What makes features what they are; the device and torch's version move the last digits only.
 _IDENTITY = (
     "model",
+    "pool",
     "weights_sha256",
     "input_size",
     "mean",
@@ -117,7 +118,7 @@ def _read_kept(path: str | os.PathLike, wanted: Mapping[str, Any]) -> TileFeatur
         kept = read_features(path)
     except ValueError:
         return None  # damaged: made anew
-    same = all(_plain(kept.attributes.get(name)) == _plain(wanted[name]) for name in (*_IDENTITY, _TILES_KEY))
+    same = all(_plain(kept.attributes.get(name)) == _plain(wanted.get(name)) for name in (*_IDENTITY, _TILES_KEY))
     return kept if same and np.isfinite(kept.features).all() else None
 
 
