@@ -53,4 +53,6 @@ def _places(model: nn.Module, features: Tensor) -> Tensor:
     if isinstance(features, Tensor) and features.ndim == 3:
         return features[:, getattr(model, "num_prefix_tokens", 0) :]
     what = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-    raise ValueError(f"{type(model).__name__}.forward_features gives {what}, which has no places to pool; use pool=model")
+    raise ValueError(
+        f"{type(model).__name__}.forward_features gives {what}, which has no places to pool; use --pool model"
+    )

@@ -64,7 +64,8 @@ def test_embed_and_evaluate_take_it(tmp_path):
         assert file["features"].shape[1] == 96
         assert file.attrs["pool"] == "mean_std"
     model[1] = "test_ssmamba@none"
-    evaluated = ["evaluate", "--data", str(tiles), *model, "--out", str(tmp_path / "report"), "--seeds", "1", "--folds", "2"]
+    out = ["--out", str(tmp_path / "report"), "--seeds", "1", "--folds", "2"]
+    evaluated = ["evaluate", "--data", str(tiles), *model, *out]
     done = CliRunner().invoke(main, evaluated)
     assert done.exit_code == 0, done.output
     assert "mean_std" in (tmp_path / "report" / "report.md").read_text()
