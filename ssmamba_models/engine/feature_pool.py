@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,7 +42,8 @@ def pool_features(model: nn.Module, images: Tensor, pool: str) -> Tensor:
     check_pool(pool)
     if pool == "model":
         return model(images)
-    places = _places(model, model.forward_features(images)).float()
+    forward_features = cast(Callable[[Tensor], Tensor], model.forward_features)  # nn.Module declares tensors and modules
+    places = _places(model, forward_features(images)).float()
     spread, mean = torch.std_mean(places, dim=1, correction=0)
     width = mean.shape[-1:]
     return torch.cat([F.layer_norm(mean, width), F.layer_norm(spread, width)], dim=-1)
