@@ -42,7 +42,8 @@ def pool_features(model: nn.Module, images: Tensor, pool: str) -> Tensor:
     check_pool(pool)
     if pool == "model":
         return model(images)
-    forward_features = cast(Callable[[Tensor], Tensor], model.forward_features)  # nn.Module declares tensors and modules
+    # nn.Module says that its attributes are tensors or modules.
+    forward_features = cast(Callable[[Tensor], Tensor], model.forward_features)
     places = _places(model, forward_features(images)).float()
     spread, mean = torch.std_mean(places, dim=1, correction=0)
     width = mean.shape[-1:]
