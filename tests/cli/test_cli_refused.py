@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+import signal
 import stat
 import sys
 
@@ -49,18 +50,9 @@ def inputs(labelled_tiles, tmp_path_factory):
         assert code == 0, said
     labels = str(folder / "features" / "labels.csv")
     mil = ["mil", "train", "--features", features, "--labels", labels, "--aggregator", "abmil", "--folds", "2"]
-    evaluate = [
-        "evaluate",
-        "--data",
-        str(labelled_tiles),
-        "--model",
-        "color_histogram",
-        "--folds",
-        "3",
-        "--device",
-        "cpu",
-        "--quiet",
-    ]
+    # Without workers: theirs would hand tiles over through files in memory, which the limit of a full disk counts too.
+    evaluate = ["evaluate", "--data", str(labelled_tiles), "--model", "color_histogram", "--folds", "3"]
+    evaluate += ["--workers", "0", "--device", "cpu", "--quiet"]
     return {
         "embed": ["embed", str(labelled_tiles), *SMALL, "--workers", "0", "--device", "cpu", "--quiet"],
         "extract": ["extract", str(folder / "slide.tif"), *SMALL, *CUT, "--device", "cpu"],
@@ -106,6 +98,7 @@ def run_child(arguments, limit=None, may_write_all=True):
             torch.set_num_threads(1)
             if not may_write_all:
                 drop_capabilities()
+            signal.alarm(200)  # a command that hangs ends, and with it the test
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             main(arguments)
