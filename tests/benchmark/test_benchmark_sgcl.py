@@ -45,10 +45,10 @@ def test_a_million_lies_on_the_line_through_both_sizes():
 
 @pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own():
-    rows = run_sgcl(SgclBenchmark(**{**TINY, "vectors": 40_000, "embed_dim": 64, "memory": True}))["results"]
+    rows = run_sgcl(SgclBenchmark(**{**TINY, "vectors": 10_000, "embed_dim": 256, "memory": True}))["results"]
     peaks = {row["piece"]: row["peak_mib"] for row in rows}
-    assert peaks["k-means"] > 10  # a copy of 20 MiB
-    assert peaks["bank update"] < 10
+    assert peaks["k-means"] > 5  # batches and centres
+    assert peaks["bank update"] < 3
 
 
 def test_from_the_command_line(ssmamba, tmp_path):

@@ -24,7 +24,7 @@ ADDRESS = ["-fsanitize=address"]
 UNDEFINED = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
 # Instruction set -> what /proc/cpuinfo must list.
 VARIANTS = {"x86-64": set(), "x86-64-v3": {"avx2", "fma", "bmi2"}, "x86-64-v4": {"avx512f", "avx512bw", "avx512vl"}}
-CASES = int(os.environ.get("SSMAMBA_FUZZ_EXAMPLES", "6"))
+CASES = int(os.environ.get("SSMAMBA_FUZZ_EXAMPLES", "3"))
 
 pytestmark = [
     pytest.mark.slow,
