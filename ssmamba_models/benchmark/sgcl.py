@@ -238,7 +238,8 @@ def format_sgcl(report: dict) -> str:
         f"{settings['vectors']:,} tiles, {settings['dim']}-d, features {settings['embed_dim']}-d, batches of "
         f"{settings['batch_size']}, k-means of {settings['kmeans']}\n"
         f"{machine_line(report['machine'])}\n"
-        "MiB: on top of the banks, at the peak. An epoch has three k-means. 1 M: on the line through N and N / 4."
+        "MiB: on top of the banks, at the peak. An epoch has three k-means. 1 M: on the line through N and N / 4;\n"
+        "memory of what goes in chunks (nearest entries, hard negatives) levels off below it."
     )
 
 
