@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ssmamba_models.layers import DMS, LPR
 from ssmamba_models.models.published import check_cfg
+from ssmamba_models.ops.bias_gelu import bias_gelu_
 from ssmamba_models.weights import weight_source
 
 __all__ = ["SSMamba"]
@@ -128,14 +129,44 @@ class Block(nn.Module):
     def _forward_in_pieces(self, x: Tensor, hold: Tensor | None) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
         inner = torch.empty_like(tokens)
+        plain = self._is_plain(x)
         for piece, result in zip(tokens.split(self.piece), inner.split(self.piece)):
-            result.copy_(self.dms.in_proj(self.norm1(piece)))
+            if plain:
+                torch.mm(self.norm1(piece), self.dms.in_proj.weight.t(), out=result)
+            else:
+                result.copy_(self.dms.in_proj(self.norm1(piece)))
         parts = self.dms.scan(inner.view(x.shape), hold)
         parts = [part.reshape(-1, part.shape[-1]).split(self.piece) for part in parts]
         for piece, *scanned in zip(tokens.split(self.piece), *parts):
-            piece += self.dms.out_proj(self.dms.norm(torch.cat(scanned, dim=-1)))
-            piece += self.mlp(self.norm2(piece))
+            normed = self.dms.norm(torch.cat(scanned, dim=-1))
+            if plain:
+                self._add_branches(piece, normed)
+            else:
+                piece += self.dms.out_proj(normed)
+                piece += self.mlp(self.norm2(piece))
         return tokens.view(x.shape)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether the layers are those that __init__ made, in float32: not quantised, adapted or otherwise replaced."""
+        mlp = self.mlp
+        linears = (self.dms.in_proj, self.dms.out_proj, mlp.fc1, mlp.fc2)
+        return (
+            x.dtype == torch.float32
+            and all(type(layer) is nn.Linear and layer.weight.dtype == torch.float32 for layer in linears)
+            and [layer.bias is None for layer in linears] == [True, True, False, False]
+            and type(mlp) is Mlp
+            and type(mlp.norm) is nn.Identity
+            and type(mlp.act) is nn.GELU
+            and mlp.act.approximate == "none"
+        )
+
+    def _add_branches(self, tokens: Tensor, scanned: Tensor) -> None:
+        """Add both branches to `tokens`: as products that add to what is there, the bias and GELU in one pass."""
+        mlp = self.mlp
+        torch.addmm(tokens, scanned, self.dms.out_proj.weight.t(), out=tokens)
+        inner = bias_gelu_(torch.mm(self.norm2(tokens), mlp.fc1.weight.t()), mlp.fc1.bias)
+        tokens += mlp.fc2.bias
+        torch.addmm(tokens, inner, mlp.fc2.weight.t(), out=tokens)
 
 
 class Stage(nn.Module):

@@ -151,6 +151,16 @@ def select(op: str, u: Tensor, states: int = 1) -> ModuleType:
     return _choose(op, u.device.type, u.dtype, states, forced())
 
 
+def is_served_by(name: str, device: str) -> bool:
+    """Whether this backend is there, for tensors on this type of device, and no other one is asked for.
+
+    Raises:
+        ValueError: SSMAMBA_BACKEND names no backend.
+    """
+    devices = BACKENDS[name].devices
+    return forced() in (None, name) and (not devices or device in devices) and not _missing(name)[0]
+
+
 def backends() -> dict[str, Any]:
     """What there is and what will be used: plain data, ready for JSON.
 

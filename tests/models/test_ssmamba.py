@@ -326,6 +326,45 @@ def test_inference_in_pieces_is_inference():
     torch.testing.assert_close(pieces, whole.detach(), atol=1e-5, rtol=1e-5)
 
 
+def test_layers_that_were_replaced_are_used_in_pieces():
+    """What is fused in inference is what the model was built with, nothing that somebody put in its place."""
+    model = small(dims=(16, 256, 16, 16)).eval()
+    x = image(160, 168, batch=8)
+    block = model.stages[1].blocks[0]
+    with torch.inference_mode():
+        before = model(x)
+        block.mlp.act = torch.nn.GELU(approximate="tanh")
+        assert not torch.equal(model(x), before)
+        block.mlp.act = torch.nn.GELU()
+
+        class Doubled(torch.nn.Linear):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        for owner, name in ((block.dms, "in_proj"), (block.dms, "out_proj"), (block.mlp, "fc1"), (block.mlp, "fc2")):
+            layer = getattr(owner, name)
+            double = Doubled(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            double.load_state_dict(layer.state_dict())
+            setattr(owner, name, double)
+            changed = model(x)
+            with torch.enable_grad():
+                torch.testing.assert_close(changed, model(x).detach(), atol=1e-5, rtol=1e-5)
+            assert not torch.allclose(changed, before)
+            setattr(owner, name, layer)
+
+
+def test_operations_are_counted_in_pieces_too():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, x = small(dims=(16, 256, 16, 16)).eval(), image(160, 168, batch=8)
+    counts = []
+    for images in (x, x[:1]):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(images)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == 8 * counts[1]
+
+
 def test_a_hook_sees_the_whole_map_in_inference_too():
     model = small(dims=(16, 256, 16, 16)).eval()
     x = image(160, 168, batch=8)

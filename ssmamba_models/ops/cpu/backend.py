@@ -1,4 +1,4 @@
-"""The operators on the C kernels: from tensors to the argument structs of directional.c, selective.c and conv1d.c.
+"""The operators on the C kernels: from tensors to the argument structs of the C files beside.
 
 The structs here and there must agree field by field.
 """
@@ -66,6 +66,12 @@ class ConvArgs(ctypes.Structure):
         *((name, i64) for name in ("batch", "channels", "length", "taps", "dtype", "silu")),
         *((name, ptr) for name in ("x", "grad", "weight", "bias", "y", "dx", "dweight", "dbias")),
     )
+
+
+class BiasGeluArgs(ctypes.Structure):
+    """The struct of that name in activation.c."""
+
+    _fields_ = (*((name, i64) for name in ("rows", "width")), *((name, ptr) for name in ("x", "bias")))
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -290,3 +296,14 @@ def causal_conv1d_backward(
     _call("ssmamba_conv_backward", args, args.batch * args.channels, 1.0 * x.numel())
     del keep
     return dx, dweight.sum(0), dbias.sum(0)
+
+
+# ---- bias_gelu_ ----
+
+
+def bias_gelu_(x: Tensor, bias: Tensor) -> None:
+    """See :func:`ssmamba_models.ops.bias_gelu.bias_gelu_`; x (M, N) float32, contiguous."""
+    bias = bias.contiguous()
+    args = BiasGeluArgs(*x.shape, x.data_ptr(), bias.data_ptr())
+    _call("ssmamba_bias_gelu", args, args.rows, 1.0 * x.numel())
+    del bias

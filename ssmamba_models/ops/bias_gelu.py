@@ -1,0 +1,57 @@
+"""The activation between an MLP's matrix products, fused with the first one's bias, for inference."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmamba_models.ops import dispatch
+
+
+def bias_gelu_(x: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x + bias), written over `x`: exact GELU, without gradients.
+
+    On a CPU in float32 one pass of the C kernel, good to 3 units in the last place of x; elsewhere, and where
+    SSMAMBA_BACKEND asks for another backend, torch's own.
+
+    Args:
+        x: (M, N), contiguous.
+        bias: (N,), of the same dtype and device.
+
+    Returns:
+        `x`.
+
+    Raises:
+        RuntimeError: gradients are enabled.
+        ValueError: another shape, dtype or device, an `x` that is not contiguous, or SSMAMBA_BACKEND names no backend.
+
+    Source: GELU, arXiv:1606.08415, sec. 2.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("bias_gelu_ overwrites its input and has no gradient: call it under torch.no_grad()")
+    if x.ndim != 2 or bias.shape != x.shape[1:] or bias.dtype != x.dtype or bias.device != x.device:
+        raise ValueError(
+            f"bias_gelu_: x is {tuple(x.shape)} {x.dtype} on {x.device} and bias {tuple(bias.shape)} {bias.dtype} on "
+            f"{bias.device}, expected (M, N) and (N,) of one dtype on one device"
+        )
+    if not x.is_contiguous():
+        raise ValueError("bias_gelu_: x is not contiguous; call x.contiguous() first")
+    torch.ops.ssmamba.bias_gelu_(x, bias)
+    return x
+
+
+# Registered, so that tracers and dispatch modes see it.
+@torch.library.custom_op("ssmamba::bias_gelu_", mutates_args=("x",))
+def _bias_gelu(x: Tensor, bias: Tensor) -> None:
+    if x.device.type == "cpu" and x.dtype == torch.float32 and dispatch.is_served_by("c", x.device.type):
+        from ssmamba_models.ops.cpu import backend
+
+        backend.bias_gelu_(x, bias)
+    else:
+        x.copy_(F.gelu(x.add_(bias)))
+
+
+@_bias_gelu.register_fake
+def _fake(x: Tensor, bias: Tensor) -> None:
+    return None
