@@ -21,6 +21,8 @@ from ssmamba_models.evaluation.model_choice import parse_models
 from ssmamba_models.evaluation.settings import Settings
 from ssmamba_models.evaluation.tasks import parse_task
 
+ONE_SCALE = ((1,), (1,), (1,), (1,))
+
 # Name -> what differs from the first: (settings, method_args, view_args).
 RUNS = {
     "base": ({}, {}, {}),
@@ -29,7 +31,10 @@ RUNS = {
     "cosine_alignment": ({}, {"alignment": "cosine", "cross_weight": 0.1}, {}),
     "no_color": ({}, {"color_weight": 0.0}, {}),
     "mask_75": ({}, {}, {"mask_ratio": 0.75}),
-    "one_scale": ({"model_args": {"scales": ((1,), (1,), (1,), (1,))}}, {}, {}),
+    "one_scale": ({"model_args": {"scales": ONE_SCALE}}, {}, {}),
+    "unit_init": ({"model_args": {"scan_init": "unit"}}, {}, {}),
+    "unit_init_hold": ({"model_args": {"scan_init": "unit"}}, {"masked_state": "hold"}, {}),
+    "unit_init_one_scale": ({"model_args": {"scan_init": "unit", "scales": ONE_SCALE}}, {}, {}),
     "adamw": ({"optimizer": "adamw", "lr": 6e-4}, {}, {}),
 }
 LC25000 = {"model": "ssmamba_tiny", "img_size": 96, "batch_size": 64, "lr": 1.5e-3, "optimizer": "muon"}

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ssmamba_models.ops import directional_scan
 from ssmamba_models.ops.reference import DIRECTIONS
 
+SCAN_INITS = ("silent", "unit")
+
 
 def _check_hold(hold: Tensor, x: Tensor) -> None:
     # Here and not in the scan alone: a pooled mask would hide a wrong dtype or shape.
@@ -47,6 +49,7 @@ class DirectionalSSM(nn.Module):
         dt_rank: rank of W_delta.
         d_state: N, the states of each channel.
         scale: 1, or the factor by which the map is average-pooled before the scan.
+        scan_init: "silent" or "unit", see :class:`DMS`.
         device, dtype: of the parameters, as in torch.
 
     Shape: (B, H, W, D) and a hold mask (B, H, W) or None -> (B, H, W, D).
@@ -61,12 +64,13 @@ class DirectionalSSM(nn.Module):
         dt_rank: int,
         d_state: int = 1,
         scale: int = 1,
+        scan_init: str = "silent",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.scale, self.d_state, self.dt_rank = scale, d_state, dt_rank
+        self.scale, self.d_state, self.dt_rank, self.scan_init = scale, d_state, dt_rank, scan_init
         self.directions = DIRECTIONS
         self.x_proj = nn.Linear(dim, dt_rank + 2 * DIRECTIONS * d_state, bias=False, **dd)
         self.dt_proj = nn.Linear(dt_rank, dim, bias=False, **dd)
@@ -78,14 +82,18 @@ class DirectionalSSM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """softplus(tau) log-uniform in [1e-3, 0.1]; alpha log(1..N), which is 0 for one state; beta 0; d 1."""
-        trunc_normal_(self.x_proj.weight, std=0.02)
+        """softplus(tau) log-uniform in [1e-3, 0.1]; alpha log(1..N), which is 0 for one state; d 1.
+
+        W_x has a standard deviation of 0.02 and beta is 0 ("silent"), or D ** -0.5 and 1 ("unit").
+        """
+        unit = self.scan_init == "unit"
+        trunc_normal_(self.x_proj.weight, std=self.x_proj.in_features**-0.5 if unit else 0.02)
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         dt = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(0.1)).exp()
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         states = torch.arange(1, self.d_state + 1, device=self.A_log.device, dtype=torch.float32)
         self.A_log.copy_(states.log().expand_as(self.A_log))
-        nn.init.zeros_(self.B_bias)
+        nn.init.constant_(self.B_bias, 1.0 if unit else 0.0)
         nn.init.ones_(self.D)
 
     def forward(self, x: Tensor, hold: Tensor | None = None) -> Tensor:
@@ -126,12 +134,16 @@ class DMS(nn.Module):
         scales: pooling factor of each scale; (1, 2) scans half of the channels at full and half at half resolution.
         d_state: states per channel N.
         dt_rank: rank of the step size projection; default max(4, ceil(C / 16)).
+        scan_init: how loud the scans begin. "silent": W_in and W_x with a standard deviation of 0.02 and beta 0, so that
+            at first the states add some 1e-5 to d * V, and a short training learns without them. "unit": inputs of unit
+            variance and beta 1, so that they add some tenths.
         device, dtype: of the parameters, as in torch.
 
     Shape: (B, H, W, C) and a hold mask (B, H, W) or None -> (B, H, W, C).
 
     Raises:
-        ValueError: fewer channels than scales, a scale, d_state or dt_rank below 1, or a hold mask of another shape.
+        ValueError: fewer channels than scales, a scale, d_state or dt_rank below 1, an unknown scan_init, or a hold mask
+            of another shape.
         TypeError: a hold mask that is not bool.
 
     Source: SSMamba (arXiv:2604.15711), DMS, as this project reads it.
@@ -143,6 +155,7 @@ class DMS(nn.Module):
         scales: tuple[int, ...] = (1, 2),
         d_state: int = 1,
         dt_rank: int | None = None,
+        scan_init: str = "silent",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -154,6 +167,8 @@ class DMS(nn.Module):
         for name, value in (("d_state", d_state), ("dt_rank", dt_rank)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"DMS: {name} is {value}, expected a whole number of at least 1")
+        if scan_init not in SCAN_INITS:
+            raise ValueError(f"DMS: scan_init is {scan_init!r}, expected one of {', '.join(SCAN_INITS)}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         dt_rank = dt_rank or max(4, math.ceil(dim / 16))
         self.widths = [dim // len(scales)] * len(scales)
@@ -162,11 +177,11 @@ class DMS(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
         self.act = nn.SiLU(inplace=True)
         self.scans = nn.ModuleList(
-            DirectionalSSM(width, dt_rank, d_state, scale, **dd) for width, scale in zip(self.widths, scales)
+            DirectionalSSM(width, dt_rank, d_state, scale, scan_init, **dd) for width, scale in zip(self.widths, scales)
         )
         self.norm = LayerNorm(dim, **dd)
         self.out_proj = nn.Linear(dim, dim, bias=False, **dd)
-        trunc_normal_(self.in_proj.weight, std=0.02)
+        trunc_normal_(self.in_proj.weight, std=dim**-0.5 if scan_init == "unit" else 0.02)
         trunc_normal_(self.out_proj.weight, std=0.02)
         nn.init.zeros_(self.conv.bias)
 

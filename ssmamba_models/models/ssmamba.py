@@ -80,7 +80,7 @@ class Block(nn.Module):
     Args:
         mlp_ratio: hidden width of the MLP over its width.
         drop: dropout in the MLP. drop_path: stochastic depth rate of both branches.
-        scales, d_state: see :class:`~ssmamba_models.layers.DMS`.
+        scales, d_state, scan_init: see :class:`~ssmamba_models.layers.DMS`.
 
     Shape: (B, H, W, C) and a hold mask (B, H, W) or None -> (B, H, W, C).
     """
@@ -93,6 +93,7 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         drop: float = 0.0,
         drop_path: float = 0.0,
+        scan_init: str = "silent",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -100,7 +101,7 @@ class Block(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.lpr = LPR(dim, **dd)
         self.norm1 = LayerNorm(dim, **dd)
-        self.dms = DMS(dim, scales, d_state, **dd)
+        self.dms = DMS(dim, scales, d_state, scan_init=scan_init, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = LayerNorm(dim, **dd)
         # timm builds on a given device and dtype only from 1.0.21 on; to() serves the older ones too.
@@ -185,6 +186,7 @@ class Stage(nn.Module):
         mlp_ratio: float,
         drop: float,
         downsample: bool,
+        scan_init: str = "silent",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -193,7 +195,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
         self.downsample = Downsample(dim, dim_out, **dd) if downsample else nn.Identity()
         self.blocks = nn.ModuleList(
-            Block(dim_out, scales, d_state, mlp_ratio, drop, drop_path, **dd) for drop_path in drop_paths
+            Block(dim_out, scales, d_state, mlp_ratio, drop, drop_path, scan_init, **dd) for drop_path in drop_paths
         )
 
     def forward(self, x: Tensor, hold: Tensor | None = None) -> Tensor:
@@ -216,6 +218,8 @@ class SSMamba(nn.Module):
         dims, depths: width and number of blocks of each stage.
         scales: per stage, the pooling factors among which DMS splits its channels.
         d_state: states per channel and direction.
+        scan_init: "silent" or "unit", how loud the scans are before training (see DMS); weights that are loaded decide
+            themselves.
         mlp_ratio: hidden width of the MLPs over their width.
         drop_rate: dropout before the classifier. proj_drop_rate: dropout in the MLPs.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0.
@@ -244,6 +248,7 @@ class SSMamba(nn.Module):
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        scan_init: str = "silent",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -266,7 +271,7 @@ class SSMamba(nn.Module):
             self.stages.append(
                 Stage(
                     dims[max(i - 1, 0)], dims[i], rates[first : first + depth], scales[i], d_state, mlp_ratio,
-                    proj_drop_rate, i > 0, **dd,
+                    proj_drop_rate, i > 0, scan_init, **dd,
                 )
             )
             self.feature_info.append({"num_chs": dims[i], "reduction": 4 * 2**i, "module": f"stages.{i}"})

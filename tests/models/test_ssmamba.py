@@ -314,6 +314,24 @@ def test_names_and_weights_that_there_are_not(name):
         ssmamba_models.create_model(name)
 
 
+@pytest.mark.parametrize(("scan_init", "least", "most"), [("silent", 0.0, 1e-3), ("unit", 0.03, 2.0)])
+def test_scans_begin_as_loud_as_asked(scan_init, least, most):
+    """What the features lose where the states are not read out: c = 0, so that only d * V is left of a scan."""
+    model, x = small(scan_init=scan_init).eval(), image(64, 64, batch=4)
+    with torch.no_grad():
+        features = model(x)
+        for name, module in model.named_modules():
+            if name.endswith("x_proj"):
+                module.weight[-4:] = 0  # one state in four directions
+        change = (model(x) - features).norm() / (features - features.mean(0)).norm()
+    assert least <= change < most
+
+
+def test_an_unknown_scan_init_is_named():
+    with pytest.raises(ValueError, match=r"scan_init is 'loud', expected one of silent, unit"):
+        small(scan_init="loud")
+
+
 def test_inference_in_pieces_is_inference():
     """Without gradients a block takes many tokens in pieces; with them, all at once."""
     model = small(dims=(16, 256, 16, 16)).eval()
