@@ -134,16 +134,16 @@ class DMS(nn.Module):
         scales: pooling factor of each scale; (1, 2) scans half of the channels at full and half at half resolution.
         d_state: states per channel N.
         dt_rank: rank of the step size projection; default max(4, ceil(C / 16)).
-        scan_init: how loud the scans begin. "silent": W_in and W_x with a standard deviation of 0.02 and beta 0, so that
-            at first the states add some 1e-5 to d * V, and a short training learns without them. "unit": inputs of unit
-            variance and beta 1, so that they add some tenths.
+        scan_init: how loud the scans begin. "silent": W_in and W_x with a standard deviation of 0.02 and beta 0, so
+            that at first the states add some 1e-5 to d * V, and a short training learns without them. "unit": inputs of
+            unit variance and beta 1, so that they add some tenths.
         device, dtype: of the parameters, as in torch.
 
     Shape: (B, H, W, C) and a hold mask (B, H, W) or None -> (B, H, W, C).
 
     Raises:
-        ValueError: fewer channels than scales, a scale, d_state or dt_rank below 1, an unknown scan_init, or a hold mask
-            of another shape.
+        ValueError: fewer channels than scales, a scale, d_state or dt_rank below 1, an unknown scan_init, or a hold
+            mask of another shape.
         TypeError: a hold mask that is not bool.
 
     Source: SSMamba (arXiv:2604.15711), DMS, as this project reads it.
