@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ssmamba_models.cli.options import pool_option
 from ssmamba_models.cli.slide_jobs import job_options, places, report_failed, report_slides, show_slides, tiling_options
 from ssmamba_models.cli.warn import plain_warnings
 from ssmamba_models.wsi.dry_run import DryRun, dry_run
@@ -23,6 +24,7 @@ from ssmamba_models.wsi.status import FAILED
 @click.option("--pretrained", is_flag=True, help="Use the model's published weights.")
 @click.option("--checkpoint", type=click.Path(), help="Use the weights of this file or run folder.")
 @tiling_options
+@pool_option
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of stored features.")
 @click.option("--grid", is_flag=True, help="Store the token map of each tile too (large).")
 @click.option(

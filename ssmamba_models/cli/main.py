@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import select
+import sys
 from typing import Any
 
 import click
@@ -45,6 +47,17 @@ def _import_command(name: str) -> click.Command:
         raise ImportError(f"`ssmamba {name}` cannot start ({reason}); `ssmamba doctor` names the cure") from error
 
 
+def _nobody_reads() -> bool:
+    """Whether it is our own output that has been closed, not a pipe to another process of ours."""
+    try:
+        outputs = select.poll()
+        for stream in (sys.stdout, sys.stderr):
+            outputs.register(stream.fileno(), 0)
+        return any(state & select.POLLERR for _, state in outputs.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll on Windows; no file behind the stream
+        return True
+
+
 class LazyGroup(click.Group):
     """A click group that imports a sub-command's module only when that command is asked for."""
 
@@ -64,6 +77,8 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except USER_ERRORS as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                raise  # click ends quietly, as `ssmamba doctor | head` should
             message = str(error) or type(error).__name__
             click.echo(f"Error: {message}", err=True)
             ctx.exit(2)

@@ -44,7 +44,12 @@ def pool_features(model: nn.Module, images: Tensor, pool: str) -> Tensor:
         return model(images)
     # nn.Module says that its attributes are tensors or modules.
     forward_features = cast(Callable[[Tensor], Tensor], model.forward_features)
-    places = _places(model, forward_features(images)).float()
+    return pool_mean_std(model, forward_features(images))
+
+
+def pool_mean_std(model: nn.Module, features: Tensor) -> Tensor:
+    """"mean_std" of what `model.forward_features` gave (see `pool_features`). Shape: its map or tokens -> (B, 2 C)."""
+    places = _places(model, features).float()
     spread, mean = torch.std_mean(places, dim=1, correction=0)
     width = mean.shape[-1:]
     return torch.cat([F.layer_norm(mean, width), F.layer_norm(spread, width)], dim=-1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssmamba_models.engine.encoder import Encoder, load_encoder
+from ssmamba_models.engine.feature_pool import POOLS
 from ssmamba_models.wsi.job import JobSettings
 from ssmamba_models.wsi.tile_encoder import TileEncoder
 from ssmamba_models.wsi.tiling_plan import TilingPlan
@@ -20,7 +21,7 @@ class ExtractPlan(TilingPlan):
     Where the model takes another size than `tile_size`, tiles are resized.
 
     Attributes:
-        model, pretrained, checkpoint, device, bf16, img_size, seed: as `engine.encoder.load_encoder`.
+        model, pretrained, checkpoint, device, bf16, img_size, seed, pool: as `engine.encoder.load_encoder`.
         dtype: "float32" or "float16", of the stored features.
         grid: store the token map of each tile as well.
         shared_aug: bags of shared augmentation that each slide gets beside its features; drawn from `seed` as well.
@@ -37,6 +38,7 @@ class ExtractPlan(TilingPlan):
     bf16: bool = False
     img_size: int | None = None
     seed: int = 0
+    pool: str = "model"
     dtype: str = "float32"
     grid: bool = False
     shared_aug: int = 0
@@ -51,7 +53,7 @@ class ExtractPlan(TilingPlan):
         super().__post_init__()
         self._check_least(batch_size=1, img_size=1, num_cpus=0, num_gpus=0, max_retries=0)
         self._check_least(shared_aug=0, shared_aug_tiles=1)
-        for name, known in (("dtype", DTYPES), ("engine", ENGINES)):
+        for name, known in (("dtype", DTYPES), ("engine", ENGINES), ("pool", POOLS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
 
@@ -65,6 +67,7 @@ class ExtractPlan(TilingPlan):
             bf16=self.bf16,
             img_size=self.img_size,
             seed=self.seed,
+            pool=self.pool,
         )
         return TileEncoder(encoder, self.grid)
 
@@ -83,6 +86,7 @@ class ExtractPlan(TilingPlan):
             tile_size=self.tile_size,
             overlap=self.overlap,
             min_tissue=float(self.min_tissue),
+            pool=self.pool,
             dtype=self.dtype,
             grid=self.grid,
             shared_aug=self.shared_aug,

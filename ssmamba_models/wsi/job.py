@@ -28,6 +28,7 @@ class JobSettings(FolderSettings):
         mpp, tile_size, overlap, min_tissue: the tiles, as `wsi.grid.make_grid`.
         dtype: of the stored features.
         grid: whether token maps are stored.
+        pool: how a map becomes a vector (see `engine.feature_pool`).
         shared_aug, shared_aug_tiles, shared_aug_seed: bags of shared augmentation per slide, tiles of each, seed of
             both; 0 for none.
         format: `FORMAT`.
@@ -47,15 +48,20 @@ class JobSettings(FolderSettings):
     min_tissue: float
     dtype: str
     grid: bool
+    pool: str = "model"
     shared_aug: int = 0
     shared_aug_tiles: int = 0
     shared_aug_seed: int = 0
     format: int = FORMAT
 
     def values(self) -> dict[str, Any]:
-        """As YAML and JSON have them; without bags nothing of bags, so that jobs from before there were any go on."""
-        values = super().values()
-        return {key: value for key, value in values.items() if self.shared_aug or not key.startswith("shared_aug")}
+        """As YAML and JSON have them.
+
+        Without bags nothing of bags, without another pool nothing of pools: jobs from before there were any go on.
+        """
+        left_out = set() if self.shared_aug else {"shared_aug", "shared_aug_tiles", "shared_aug_seed"}
+        left_out |= {"pool"} if self.pool == "model" else set()
+        return {key: value for key, value in super().values().items() if key not in left_out}
 
 
 class Job(JobFolder):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 
 import click
 import pytest
@@ -148,3 +151,15 @@ def test_version(ssmamba):
     from ssmamba_models import __version__
 
     assert ssmamba("--version").stdout == f"ssmamba, version {__version__}\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes as Unix has them")
+@pytest.mark.parametrize("arguments", [["list"], ["doctor"], ["--help"]])
+def test_a_reader_that_has_seen_enough_is_no_error(arguments):
+    """As in `ssmamba doctor | head -1`, with a reader that is gone before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = subprocess.run([sys.executable, "-m", "ssmamba_models", *arguments], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert run.stderr == b""
+    assert run.returncode == 1

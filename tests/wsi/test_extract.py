@@ -106,8 +106,9 @@ class TestOutputs:
         np.testing.assert_allclose(pooled, single.features, rtol=1e-2, atol=1e-2)
 
     @pytest.mark.parametrize("model", ["test_ssmamba", "test_vit", "test_resnet"])
-    def test_features_do_not_depend_on_token_maps(self, model):
-        encoder = load_encoder(model)
+    @pytest.mark.parametrize("pool", ["model", "mean_std"])
+    def test_features_do_not_depend_on_token_maps(self, model, pool):
+        encoder = load_encoder(model, pool=pool)
         side = encoder.data_config["input_size"][1]
         pixels = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8)
         plain, grid = TileEncoder(encoder), TileEncoder(encoder, grid=True)
@@ -115,6 +116,15 @@ class TestOutputs:
         np.testing.assert_array_equal(features, plain.finish(plain.start(pixels))[0])
         assert maps.shape == (2, *grid.grid_shape)
         assert maps.shape[1] == maps.shape[2] > 1
+
+    def test_the_deviation_beside_the_mean(self, slides, whole, tmp_path):
+        extract(slides / "a.tif", tmp_path / "job", pool="mean_std")
+        single = read_slide_features(whole / FEATURES / "a.h5")
+        read = read_slide_features(tmp_path / "job" / FEATURES / "a.h5")
+        assert read.attributes["pool"] == "mean_std"
+        assert "pool" not in single.attributes
+        assert read.features.shape[1] == 2 * single.features.shape[1]
+        assert extract(slides / "a.tif", tmp_path / "job", pool="mean_std").new == 0
 
     def test_tiles_of_another_size_are_resized_whole(self, slides, tmp_path):
         extract(slides / "a.tif", tmp_path / "job", tile_size=96)
@@ -235,6 +245,7 @@ class TestRefusing:
             ({"min_tissue": 0.5}, "min_tissue was 0.25, now 0.5"),
             ({"dtype": "float16"}, "dtype was 'float32', now 'float16'"),
             ({"grid": True}, "grid was False, now True"),
+            ({"pool": "mean_std"}, "pool was .*, now 'mean_std'"),
             ({"bf16": True}, "precision was 'float32', now 'bfloat16'"),
         ],
     )
