@@ -85,24 +85,22 @@ def finetune(
     _check_size(network, config)
     data = _training_data(config, train, network)
     classifier = _create_classifier(config, network, train, mixup)
-    run = Path(out)
-    if accelerator.is_main_process:
-        open_run(run, config, resume)
-    accelerator.wait_for_everyone()
-    judge = _Judge(config, run, train, val, _create_validation(config, val, train.classes, network, accelerator))
-    task = Task(
-        module=classifier,
-        data=data,
-        export=judge.export,
-        groups=_parameter_groups(config, network),
-        epoch_end=judge.end_epoch,
-        weights=_sampling_weights(train) if config.balance == "sampler" else None,
-        memory=judge,
-    )
-    trainer = Trainer(config, run, task, accelerator, progress=progress)
-    if progress:
-        trainer.log.tell(_announce(train, val))
-    return FinetuneResult(trainer.train(), train.classes, judge.best)
+    with open_run(out, config, resume, main=accelerator.is_main_process) as run:
+        accelerator.wait_for_everyone()
+        judge = _Judge(config, run, train, val, _create_validation(config, val, train.classes, network, accelerator))
+        task = Task(
+            module=classifier,
+            data=data,
+            export=judge.export,
+            groups=_parameter_groups(config, network),
+            epoch_end=judge.end_epoch,
+            weights=_sampling_weights(train) if config.balance == "sampler" else None,
+            memory=judge,
+        )
+        trainer = Trainer(config, run, task, accelerator, progress=progress)
+        if progress:
+            trainer.log.tell(_announce(train, val))
+        return FinetuneResult(trainer.train(), train.classes, judge.best)
 
 
 def select_sets(config: FinetuneConfig) -> tuple[LabelledTiles, LabelledTiles]:

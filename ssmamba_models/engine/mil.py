@@ -82,18 +82,18 @@ def train_mil(
     device = resolve_device(config.device)
     # Wrong arguments must show before a folder is made.
     create_aggregator(config.aggregator, bags.feature_dim, len(bags.classes), **config.aggregator_args)
-    run = open_run(out, config, resume)
-    _remember(run, bags)
-    reader = BagReader(bags, config.cache_gb * 1e9)
-    interval = 0.1 if sys.stderr.isatty() else 30
-    total = len(folds) * config.epochs
-    with tqdm(total=total, unit="epoch", desc="mil", disable=not progress, mininterval=interval) as bar:
-        for number, fold in enumerate(folds):
-            if not (_folder(run, number) / FOLD).is_file():
-                _train_fold(config, bags, fold, number, reader, device, run, bar)
-            # Folds stop early, or were done by an earlier run.
-            bar.update((number + 1) * config.epochs - bar.n)
-    return _finish(run, bags, len(folds))
+    with open_run(out, config, resume) as run:
+        _remember(run, bags)
+        reader = BagReader(bags, config.cache_gb * 1e9)
+        interval = 0.1 if sys.stderr.isatty() else 30
+        total = len(folds) * config.epochs
+        with tqdm(total=total, unit="epoch", desc="mil", disable=not progress, mininterval=interval) as bar:
+            for number, fold in enumerate(folds):
+                if not (_folder(run, number) / FOLD).is_file():
+                    _train_fold(config, bags, fold, number, reader, device, run, bar)
+                # Folds stop early, or were done by an earlier run.
+                bar.update((number + 1) * config.epochs - bar.n)
+        return _finish(run, bags, len(folds))
 
 
 def _remember(run: Path, bags: Bags) -> None:

@@ -109,22 +109,20 @@ def pretrain(
     # What can fail does so before the run folder is made.
     global_batches(config, len(tiles), accelerator)
     module, data = build(config, tiles)
-    run = Path(out)
-    if accelerator.is_main_process:
-        open_run(run, config, resume)
-    accelerator.wait_for_everyone()
-    metadata = describe(config, tiles)
-    task = Task(
-        module=module,
-        data=data,
-        export=lambda module: (encoder_weights(module), metadata),
-        step_start=getattr(module, "start_step", None),
-        epoch_end=_picture_maker(config, data, run, accelerator) if hasattr(module, "reconstruct") else None,
-    )
-    trainer = Trainer(config, run, task, accelerator, progress=progress)
-    if isinstance(tiles, SpatialTiles) and tiles.single_tile_slides():
-        trainer.log.tell(_isolated(tiles))
-    return trainer.train()
+    with open_run(out, config, resume, main=accelerator.is_main_process) as run:
+        accelerator.wait_for_everyone()
+        metadata = describe(config, tiles)
+        task = Task(
+            module=module,
+            data=data,
+            export=lambda module: (encoder_weights(module), metadata),
+            step_start=getattr(module, "start_step", None),
+            epoch_end=_picture_maker(config, data, run, accelerator) if hasattr(module, "reconstruct") else None,
+        )
+        trainer = Trainer(config, run, task, accelerator, progress=progress)
+        if isinstance(tiles, SpatialTiles) and tiles.single_tile_slides():
+            trainer.log.tell(_isolated(tiles))
+        return trainer.train()
 
 
 def select_tiles(config: PretrainConfig) -> LabelledTiles:

@@ -1,29 +1,37 @@
-"""The folder of a run: a new one, or one that is gone on with under the same configuration."""
+"""The folder of a run: a new one, or one that is gone on with under the same configuration, by one job at a time."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from ssmamba_models.engine.checkpoints import Checkpoints
 from ssmamba_models.engine.config import config_values, load_config, save_config
 from ssmamba_models.engine.train_config import LoopConfig
+from ssmamba_models.locks import BEAT, STALE, Locks
 from ssmamba_models.output import is_unfinished, remove_unfinished
 
+_LOCKS, _LOCK = ".locks", "run"
 
-def open_run(folder: str | os.PathLike, config: LoopConfig, resume: bool) -> Path:
-    """Make a run folder and write its config.yaml, or check that an existing one may go on.
+
+@contextlib.contextmanager
+def open_run(folder: str | os.PathLike, config: LoopConfig, resume: bool, *, main: bool = True) -> Iterator[Path]:
+    """Make a run folder and write its config.yaml, or check that an existing one may go on; nobody else may meanwhile.
 
     Args:
         folder: the run folder; its parent must exist.
         config: of the training.
         resume: whether an existing run may go on; a run that is not there yet starts.
+        main: False for the other processes of a job, which touch nothing.
 
-    Returns:
-        The folder.
+    Yields:
+        The folder, which is ours within the block.
 
     Raises:
-        FileExistsError: there is a run or another file, and `resume` is False.
+        FileExistsError: there is a run or another file, and `resume` is False; or another training is at work there.
         FileNotFoundError, NotADirectoryError: the parent folder is not there.
         ValueError: the run was begun with other hyper-parameters; each is named.
         OSError: the folder cannot be written.
@@ -31,16 +39,36 @@ def open_run(folder: str | os.PathLike, config: LoopConfig, resume: bool) -> Pat
     if not os.fspath(folder):
         raise ValueError("the run's folder (--out, out=...) is empty; name the folder to write")
     run = Path(folder)
+    if not main:
+        yield run
+        return
     _check_place(run, resume)
     saved = run / "config.yaml"
     if saved.exists():
         _check_same(load_config(type(config), saved), config, run)
     run.mkdir(exist_ok=True)
-    for folder in (run, run / "reconstructions"):
-        remove_unfinished(folder)
-    save_config(config, saved)
-    Checkpoints(run / "checkpoints").clean()
-    return run
+    with Locks(run / _LOCKS) as locks:
+        _acquire(locks, run)
+        for folder in (run, run / "reconstructions"):
+            remove_unfinished(folder)
+        save_config(config, saved)
+        Checkpoints(run / "checkpoints").clean()
+        yield run
+
+
+def _acquire(locks: Locks, run: Path) -> None:
+    """Take the run's lock; where its owner is on another machine, wait until it must be dead if it does not beat."""
+    if locks.acquire(_LOCK) is not None:
+        return
+    owner, here = locks.owner(_LOCK)
+    if not here:
+        patience = STALE + 2 * BEAT
+        warnings.warn(f"{str(run)!r} is held by {owner}; waiting {patience:.0f} s for a sign of life", stacklevel=4)
+        if locks.acquire(_LOCK, patience) is not None:
+            return
+    raise FileExistsError(
+        f"{str(run)!r} is being trained by {owner}; wait for it or stop it, or begin another run with another --out"
+    )
 
 
 def _check_place(run: Path, resume: bool) -> None:
@@ -50,7 +78,7 @@ def _check_place(run: Path, resume: bool) -> None:
         )
     if run.exists() and not run.is_dir():
         raise NotADirectoryError(f"the run's folder {str(run)!r} is a file; choose another --out")
-    if not run.exists() or all(map(is_unfinished, run.iterdir())):
+    if not run.exists() or all(is_unfinished(path) or path.name == _LOCKS for path in run.iterdir()):
         return
     if not (run / "config.yaml").exists():
         raise FileExistsError(f"{str(run)!r} holds other files than a run's (no config.yaml); choose another --out")

@@ -112,21 +112,20 @@ def pretrain_slides(
     # What can fail does so before the run folder is made.
     global_batches(config, len(slides), accelerator, noun="slide")
     module, data = build_slides(config, slides)
-    run = Path(out)
-    if accelerator.is_main_process:
-        open_run(run, config, resume)
-        _tell_plain(config, slides)
-    accelerator.wait_for_everyone()
-    metadata = describe_slides(config, slides)
-    task = Task(
-        module=module,
-        data=data,
-        export=lambda module: (module.encoder, metadata),
-        save=_save,
-        collate=slide_collate(data.transform),
-        images=False,
-    )
-    return Trainer(config, run, task, accelerator, progress=progress).train()
+    with open_run(out, config, resume, main=accelerator.is_main_process) as run:
+        if accelerator.is_main_process:
+            _tell_plain(config, slides)
+        accelerator.wait_for_everyone()
+        metadata = describe_slides(config, slides)
+        task = Task(
+            module=module,
+            data=data,
+            export=lambda module: (module.encoder, metadata),
+            save=_save,
+            collate=slide_collate(data.transform),
+            images=False,
+        )
+        return Trainer(config, run, task, accelerator, progress=progress).train()
 
 
 def build_slides(config: SlidePretrainConfig, slides: Bags) -> tuple[nn.Module, SeededSlides]:

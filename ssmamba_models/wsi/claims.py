@@ -6,12 +6,12 @@ import abc
 from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
+from ssmamba_models.locks import Lock
 from ssmamba_models.wsi.decoding import OutputError
 from ssmamba_models.wsi.extract_plan import ExtractPlan
 from ssmamba_models.wsi.held_slide import HeldSlide
 from ssmamba_models.wsi.job import Job
 from ssmamba_models.wsi.job_folder import JobFolder
-from ssmamba_models.wsi.locks import Lock
 from ssmamba_models.wsi.slide_list import SlideFile, shard_order
 from ssmamba_models.wsi.slide_run import SlideRun
 from ssmamba_models.wsi.status import DONE, STARTED, is_settled

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ssmamba_models.engine.config import load_config, save_config
+from ssmamba_models.locks import JOB_LOCK, STALE, Locks
 from ssmamba_models.wsi.decoding import OutputError
-from ssmamba_models.wsi.locks import JOB_LOCK, STALE, Locks
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.status import StatusLog, write_summary
 

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from ssmamba_models.engine.processes import default_workers
+from ssmamba_models.locks import STALE
 from ssmamba_models.wsi.claims import Claims
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.errors import one_line
@@ -23,7 +24,6 @@ from ssmamba_models.wsi.extract_plan import ExtractPlan
 from ssmamba_models.wsi.held_slide import Outcome
 from ssmamba_models.wsi.job import Job
 from ssmamba_models.wsi.local_engine import LocalEngine, Timing
-from ssmamba_models.wsi.locks import STALE
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.status import ELSEWHERE
 from ssmamba_models.wsi.tile_encoder import TileEncoder

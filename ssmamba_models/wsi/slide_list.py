@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssmamba_models.wsi.locks import JOB_LOCK
+from ssmamba_models.locks import JOB_LOCK
 from ssmamba_models.wsi.mpp import find_mpp, slide_name
 
 # Files worth trying when a folder is searched; what a file is, its content decides.

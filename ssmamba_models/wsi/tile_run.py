@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from ssmamba_models._version import __version__
+from ssmamba_models.locks import Lock
 from ssmamba_models.wsi.decoding import Cuts, OutputError, Prepared
 from ssmamba_models.wsi.held_slide import HeldSlide
-from ssmamba_models.wsi.locks import Lock
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.tile_job import RECORD, TileJob
 

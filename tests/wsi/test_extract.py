@@ -18,10 +18,10 @@ from job_cases import FEATURES, TILE, TINY, digests, events, extract, leftovers,
 from ssmamba_models.data.feature_check import check_slide_features
 from ssmamba_models.data.features import read_slide_features
 from ssmamba_models.engine.encoder import load_encoder
+from ssmamba_models.locks import Locks
 from ssmamba_models.wsi import local_engine
 from ssmamba_models.wsi.dry_run import dry_run
 from ssmamba_models.wsi.extract_plan import ExtractPlan
-from ssmamba_models.wsi.locks import Locks
 from ssmamba_models.wsi.reader import open_slide
 from ssmamba_models.wsi.status import read_summary
 from ssmamba_models.wsi.tile_encoder import TileEncoder

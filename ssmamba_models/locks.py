@@ -151,6 +151,18 @@ class Locks:
             self._remove_older(name, generation)
         return lock
 
+    def owner(self, name: str) -> tuple[str, bool]:
+        """Who holds a lock, in words, and whether that is a process of this machine."""
+        newest = self.newest(name)
+        try:
+            said = json.loads(_read(newest[1]) or "") if newest is not None else {}
+        except ValueError:
+            said = {}
+        machine, number = said.get("machine"), said.get("pid")
+        if machine == _machine():
+            return f"process {number}", True
+        return (f"process {number} on {str(machine).split()[0]}" if machine else "another process"), False
+
     def newest(self, name: str) -> tuple[int, Path] | None:
         """The highest generation of a lock and its file; None where it is free."""
         return max(self._generations(name), default=None)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from ssmamba_models.wsi.locks import Locks
+from ssmamba_models.locks import Locks
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the tests make processes by fork")
 
