@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from timm.models import get_pretrained_cfg, is_model
 
-from ssmamba_models.cli.warn import plain_warnings
 from ssmamba_models.data.synthetic import synthetic_he
 from ssmamba_models.data.tiles import read_tile
 from ssmamba_models.engine.encoder import Encoder, load_encoder
@@ -68,8 +67,7 @@ def command(
     source = _read(image) if image else synthetic_he(img_size, seed=18)
     if pretrained is None:
         pretrained = checkpoint is None and _packaged(model)
-    with plain_warnings():
-        encoder = load_encoder(model, pretrained=pretrained, checkpoint=checkpoint, device=device, img_size=img_size)
+    encoder = load_encoder(model, pretrained=pretrained, checkpoint=checkpoint, device=device, img_size=img_size)
     images = encoder.transform(source)[None]
     features, seconds = _timed_embed(encoder, images)
     tokens = token_grid(encoder.model, images.to(encoder.device))[0]

@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from ssmamba_models.cli.options import pool_option
-from ssmamba_models.cli.warn import plain_warnings
 from ssmamba_models.engine.embed import EmbedSummary, embed_folder
 
 
@@ -45,8 +44,7 @@ def command(ctx: click.Context, quiet: bool, **options: Any) -> None:
 
     Exit code: 0 all tiles embedded, 1 some were unreadable (each is listed), 2 bad input.
     """
-    with plain_warnings():
-        summary = embed_folder(**options, progress=not quiet)
+    summary = embed_folder(**options, progress=not quiet)
     if not quiet:
         _report(summary)
     for path, reason in summary.unreadable:

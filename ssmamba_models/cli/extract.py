@@ -10,7 +10,6 @@ import click
 
 from ssmamba_models.cli.options import pool_option
 from ssmamba_models.cli.slide_jobs import job_options, places, report_failed, report_slides, show_slides, tiling_options
-from ssmamba_models.cli.warn import plain_warnings
 from ssmamba_models.wsi.dry_run import DryRun, dry_run
 from ssmamba_models.wsi.extract import ExtractResult, extract_slides
 from ssmamba_models.wsi.extract_plan import DTYPES, ENGINES, ExtractPlan
@@ -65,10 +64,9 @@ def command(
     Exit code: 0 all slides done, 1 some failed (each is listed), 2 bad input.
     """
     plan = ExtractPlan(**options, shard=parse_shard(shard))
-    with plain_warnings():
-        if dry:
-            ctx.exit(_show_plan(dry_run(slides, out, plan, progress=not quiet)))
-        result = extract_slides(slides, out, plan, progress=not quiet)
+    if dry:
+        ctx.exit(_show_plan(dry_run(slides, out, plan, progress=not quiet)))
+    result = extract_slides(slides, out, plan, progress=not quiet)
     if not quiet:
         _report(result)
     ctx.exit(report_failed(result))

@@ -10,10 +10,11 @@ from typing import Any
 import click
 
 from ssmamba_models._version import __version__
+from ssmamba_models.cli.warn import plain_warnings
 from ssmamba_models.engine.process_memory import keep_large_blocks
 
-# Name -> (module under ssmamba_models.cli, one line of help). A module is imported only when its command runs,
-# so `ssmamba --help` answers at once.
+# Name -> (module under ssmamba_models.cli, one line of help). A module is imported only when its command runs: what one
+# command lacks is no obstacle to the others.
 COMMANDS = {
     "list": ("list", "List the models and their sizes."),
     "doctor": ("doctor", "Check this installation and say how to mend it."),
@@ -75,7 +76,8 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with plain_warnings():
+                return super().invoke(ctx)
         except USER_ERRORS as error:
             if isinstance(error, BrokenPipeError) and _nobody_reads():
                 raise  # click ends quietly, as `ssmamba doctor | head` should

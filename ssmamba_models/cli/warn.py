@@ -9,18 +9,18 @@ from typing import Any
 
 import click
 
-from ssmamba_models.engine.encoder import RandomWeightsWarning
+from ssmamba_models.notice import SSMambaWarning
 
 
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Print `RandomWeightsWarning` as `Warning: ...` on stderr; leave all other warnings as they are."""
+    """Print what this package warns of as `Warning: ...` on stderr; leave all other warnings as they are."""
     with warnings.catch_warnings():
-        warnings.simplefilter("always", RandomWeightsWarning)
+        warnings.simplefilter("always", SSMambaWarning)
         default = warnings.showwarning
 
         def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
-            if issubclass(category, RandomWeightsWarning):
+            if issubclass(category, SSMambaWarning):
                 click.echo(f"Warning: {message}", err=True)
             else:
                 default(message, category, *rest, **more)

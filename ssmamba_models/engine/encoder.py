@@ -28,10 +28,11 @@ from ssmamba_models.engine.weights import (
     weights_sha256,
 )
 from ssmamba_models.models.published import WeightsError, check_named
+from ssmamba_models.notice import SSMambaWarning
 from ssmamba_models.zoo import list_models
 
 
-class RandomWeightsWarning(UserWarning):
+class RandomWeightsWarning(SSMambaWarning):
     """The model's weights are random: its features show the architecture, not what a training found."""
 
 

@@ -12,6 +12,7 @@ from ssmamba_models.engine.checkpoints import Checkpoints
 from ssmamba_models.engine.config import config_values, load_config, save_config
 from ssmamba_models.engine.train_config import LoopConfig
 from ssmamba_models.locks import BEAT, STALE, Locks
+from ssmamba_models.notice import SSMambaWarning
 from ssmamba_models.output import is_unfinished, remove_unfinished
 
 _LOCKS, _LOCK = ".locks", "run"
@@ -63,7 +64,8 @@ def _acquire(locks: Locks, run: Path) -> None:
     owner, here = locks.owner(_LOCK)
     if not here:
         patience = STALE + 2 * BEAT
-        warnings.warn(f"{str(run)!r} is held by {owner}; waiting {patience:.0f} s for a sign of life", stacklevel=4)
+        said = f"{str(run)!r} is held by {owner}; waiting {patience:.0f} s for a sign of life"
+        warnings.warn(said, SSMambaWarning, stacklevel=4)
         if locks.acquire(_LOCK, patience) is not None:
             return
     raise FileExistsError(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmamba_models.notice import SSMambaWarning
+
 OPERATORS = ("directional_scan", "selective_scan", "causal_conv1d")
 VARIABLE = "SSMAMBA_BACKEND"
 
@@ -129,6 +131,7 @@ def _warn_of_missing(op: str, device: str) -> None:
         warnings.warn(
             f"ssmamba_models runs its scans on {device} with a slower backend than it could: backend {best!r} is "
             f"missing, because {reason}.{cure} (`ssmamba doctor` tells more.)",
+            SSMambaWarning,
             stacklevel=2,
         )
 

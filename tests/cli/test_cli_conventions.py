@@ -163,3 +163,18 @@ def test_a_reader_that_has_seen_enough_is_no_error(arguments):
     os.close(writer)
     assert run.stderr == b""
     assert run.returncode == 1
+
+
+def test_what_the_package_warns_of_is_one_line(tmp_path):
+    code = (
+        "from ssmamba_models.ops.cpu import library\n"
+        "library.open_library = lambda: (None, 'they were never built')\n"
+        "from ssmamba_models.cli.main import main\n"
+        f"main(['demo', '--model', 'test_ssmamba', '--img-size', '64', '--out', {str(tmp_path / 'demo.png')!r}])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0
+    lines = run.stderr.splitlines()
+    assert [line.partition(" ")[0] for line in lines] == ["Warning:", "Warning:"]
+    assert "random weights" in lines[0]
+    assert "they were never built" in lines[1]
