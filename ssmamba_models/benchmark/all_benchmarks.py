@@ -56,7 +56,7 @@ class Part:
 
 
 def make_parts(plan: AllPlan) -> dict[str, Part]:
-    """The benchmarks and their sizes: with two cores of a CPU the full ones take about twenty minutes."""
+    """The benchmarks and their sizes: with two cores of a CPU the full ones take about half an hour."""
     common: dict[str, Any] = {"device": plan.device, "threads": plan.threads}
     sizes = _quick_sizes() if plan.quick else _full_sizes()
     plans = {
@@ -84,10 +84,10 @@ def make_parts(plan: AllPlan) -> dict[str, Part]:
 def _full_sizes() -> dict[str, dict[str, Any]]:
     return {
         "ops": {"rounds": 5, "budget_s": 20.0},
-        "models": {"sizes": (224, 512), "rounds": 5, "budget_s": 90.0},
+        "models": {"sizes": (224, 512, 1024), "rounds": 5, "budget_s": 90.0},
         "models_train": {"sizes": (224,), "rounds": 5, "budget_s": 120.0},
         "train": {"rounds": 5, "budget_s": 120.0},
-        "extract": {"rounds": 3, "tiles": 256},
+        "extract": {"rounds": 3, "tiles": 768},
         "sgcl": {"rounds": 3, "budget_s": 60.0},
     }
 

@@ -253,7 +253,7 @@ def sgcl(json_path: Path | None, budget: float, **options: Any) -> None:
 def everything(json_path: Path | None, out: Path | None, **options: Any) -> None:
     """All benchmarks in one report, with every ratio.
 
-    On two cores it takes about twenty minutes. What cannot run here is left out, with the reason.
+    On two cores it takes about half an hour. What cannot run here is left out, with the reason.
 
     \b
     Example:

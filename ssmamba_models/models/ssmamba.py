@@ -104,8 +104,7 @@ class Block(nn.Module):
         self.dms = DMS(dim, scales, d_state, scan_init=scan_init, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = LayerNorm(dim, **dd)
-        # timm builds on a given device and dtype only from 1.0.21 on; to() serves the older ones too.
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop).to(**dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop, **dd)
         self.piece = max(1, INNER_ELEMENTS // max(1, int(dim * mlp_ratio)))
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import threading
 
@@ -64,11 +65,13 @@ def test_opcheck(op, optional, dtype):
         arguments |= {"hold": False} if op == "directional_scan" else {}
         arguments |= {"gate": False} if op == "selective_scan" else {}
     inputs = leaves_of(MAKERS[op](**arguments, dtype=dtype))
+    # The gradients of compiled and eager bfloat16 differ by its rounding; torch 2.6 has tolerances of its own.
+    known = inspect.signature(torch.library.opcheck).parameters
+    tolerance = {name: TOLERANCE[dtype] for name in ("rtol", "atol") if name in known}
     results = torch.library.opcheck(
         getattr(torch.ops.ssmamba, op).default, positional(op, inputs),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
-        # The gradients of compiled and eager bfloat16 differ by its rounding.
-        rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype],
+        **tolerance,
     )  # fmt: skip
     assert set(results.values()) == {"SUCCESS"}
 
