@@ -83,7 +83,7 @@ class TestPackages:
     def test_too_old(self):
         found = self.judge(self.good(timm="1.0.9", torch="2.6.0+cpu"))
         assert (found["timm"].status, found["torch"].status) == ("problem", "ok")
-        assert 'pip install --upgrade "timm>=1.0.21"' in found["timm"].cure
+        assert 'pip install --upgrade "timm>=1.0.26"' in found["timm"].cure
 
     def test_a_crash_is_put_at_the_package_that_crashed(self):
         before = self.good()[: packages.CORE.index("torch")]

@@ -27,7 +27,7 @@ CORE = (
     "ssmamba_models.models",
 )
 # What setup.cfg asks for.
-MINIMUM = {"torch": (2, 6), "timm": (1, 0, 20)}
+MINIMUM = {"torch": (2, 6), "timm": (1, 0, 26)}
 # Import name -> the extra that brings it.
 OPTIONAL = {
     "h5py": "wsi",
