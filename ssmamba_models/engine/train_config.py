@@ -23,7 +23,7 @@ class LoopConfig:
         lr: peak learning rate; None takes base_lr * batch_size / 256.
         min_lr: where the cosine ends.
         warmup_epochs: of linear rise; None takes a tenth of the epochs.
-        optimizer: "adamw", or "muon" (needs timm 1.0.22): matrices by orthogonalised momentum, the rest by AdamW, with
+        optimizer: "adamw", or "muon": matrices by orthogonalised momentum, the rest by AdamW, with
             the same learning rates. More work per step, most of it independent of the batch, and fewer steps. Or "sgd":
             with classical momentum, the first of `betas`.
         betas: of the optimiser's averages; "sgd" has the first alone.
