@@ -4,13 +4,14 @@ python examples/mamim_ablation.py --quick --out ablation               # synthet
 python examples/mamim_ablation.py --data lc25000 --out ablation --epochs 1 \\
     --task lung-3=lung_aca,lung_n,lung_scc --task colon-2=colon_aca,colon_n
 
-Every run has the same budget, seed and order of tiles. What is done is kept: the same line again goes on where it was
-stopped. --only NAME trains a part of the runs, so that several processes or machines can share them. The table is
-OUT/report/report.md.
+Every run has the same budget and, for a seed, the same order of tiles; the scores of a variant are those of its seeds
+together. What is done is kept: the same line again goes on where it was stopped. --only NAME, --seeds 1 and --no-report
+train a part of the runs, so that several processes or machines can share them. The table is OUT/report/report.md.
 """
 
 import argparse
 import tempfile
+from itertools import product
 from pathlib import Path
 
 from ssmamba_models.data.synthetic import write_synthetic_tiles
@@ -41,11 +42,12 @@ LC25000 = {"model": "ssmamba_tiny", "img_size": 96, "batch_size": 64, "lr": 1.5e
 QUICK = {"model": "test_ssmamba", "img_size": 64, "batch_size": 12, "lr": 2e-3, "workers": 0, "epochs": 2}
 
 
-def config_of(name, data, arguments):
+def config_of(name, seed, data, arguments):
     settings, method_args, view_args = RUNS[name]
     shared = QUICK if arguments.quick else {**LC25000, "epochs": arguments.epochs, "workers": 1}
     return PretrainConfig(
         data=str(data),
+        seed=seed,
         drop_path_rate=0.0,
         reconstruct_every=None,
         method_args={"cell_size": 16, **method_args},
@@ -59,7 +61,8 @@ def main():
     parser.add_argument("--data", type=Path, help="labelled tiles with a split train")
     parser.add_argument("--task", action="append", default=[], help="NAME=class,class,...; once for each")
     parser.add_argument("--epochs", type=int, default=1, help="of each run; default: %(default)s")
-    parser.add_argument("--only", action="append", choices=list(RUNS), help="train this run; once for each")
+    parser.add_argument("--only", action="append", choices=list(RUNS), help="this variant; once for each")
+    parser.add_argument("--seeds", type=int, nargs="+", help="a run of each variant per seed; default: 0 1 2")
     parser.add_argument("--no-report", action="store_true", help="train alone")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the report")
     parser.add_argument("--quick", action="store_true", help="a tiny model on synthetic tiles")
@@ -67,22 +70,26 @@ def main():
     if not arguments.quick and not arguments.data:
         parser.error("give --data FOLDER, or --quick to look at synthetic tiles")
     names = arguments.only or list(RUNS)
+    seeds = arguments.seeds or ([0] if arguments.quick else [0, 1, 2])
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         data = arguments.data or write_synthetic_tiles(scratch, tiles_per_kind=16, size=96)
-        for name in names:
-            print(f"== {name}", flush=True)
-            pretrain(config_of(name, data, arguments), arguments.out / name, resume=True)
+        for seed, name in product(seeds, names):
+            print(f"== {name}, seed {seed}", flush=True)
+            run = pretrain(config_of(name, seed, data, arguments), arguments.out / f"{name}-{seed}", resume=True)
+            if run.stopped_by is not None:
+                raise SystemExit(f"{name}, seed {seed}, was stopped; the same line goes on with it")
         if arguments.no_report:
             return
-        model = config_of("base", data, arguments).model
-        trained = [f"{name}={model}@{arguments.out / name}" for name in names]
+        model = config_of("base", 0, data, arguments).model
+        runs = {name: ",".join(str(arguments.out / f"{name}-{seed}") for seed in seeds) for name in names}
+        trained = [f"{name}={model}@{folders}" for name, folders in runs.items()]
         evaluate(
             data,
             parse_models([*trained, f"random={model}@none", "color_histogram"]),
             arguments.out / "report",
             tasks=[parse_task(text) for text in arguments.task],
-            settings=Settings(magnification=True),
+            settings=Settings(seeds=len(seeds), magnification=True),
             embedding=Embedding(img_size=64 if arguments.quick else 96),
             overwrite=True,
         )

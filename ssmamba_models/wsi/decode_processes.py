@@ -43,7 +43,7 @@ class DecoderDied(OSError):
 
 
 class Decoders:
-    """Some decoding processes, started when they are needed; close it, or use it in a `with` block.
+    """Some decoding processes, started when they are needed or by `start`; close it, or use it in a `with` block.
 
     Args:
         workers: how many; 0 decodes in a thread of this process.
@@ -54,8 +54,17 @@ class Decoders:
         self._threads = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="decode")
         self._own = threading.local()
         self._processes: list[_Process] = []
+        self._idle: list[_Process] = []
         self._guard = threading.Lock()
         self._closed = False
+
+    def start(self) -> None:
+        """Start the processes now, to be ready by the first task: a second that a model takes to load as well."""
+        # One that cannot be started is told of where a task needs it.
+        with self._guard, contextlib.suppress(OSError):
+            while not self._closed and len(self._processes) < self.workers:
+                self._idle.append(_Process())
+                self._processes.append(self._idle[-1])
 
     def submit(self, task: Task) -> Future[Answer]:
         """Have a task performed; tasks begin in the order in which they come.
@@ -87,8 +96,11 @@ class Decoders:
             with self._guard:
                 if self._closed:
                     raise DecoderDied("the decoding processes were closed")
-                process = self._own.process = _Process()
-                self._processes = [other for other in self._processes if other.running] + [process]
+                self._idle = [other for other in self._idle if other.running]
+                if not self._idle:
+                    self._idle = [_Process()]
+                    self._processes = [other for other in self._processes if other.running] + self._idle
+                process = self._own.process = self._idle.pop()
         return process
 
     @property
@@ -164,6 +176,9 @@ def serve() -> None:
     source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     # What a library prints must not get between the answers.
     os.dup2(2, 1)
+    # Half a second that the first slide's tissue would wait for; where it is missing, that slide tells.
+    with contextlib.suppress(ImportError):
+        import scipy.ndimage  # noqa: F401
     decoder = Decoder()
     while True:
         try:

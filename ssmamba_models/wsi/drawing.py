@@ -57,4 +57,5 @@ def write_thumbnail(path: str | os.PathLike, picture: Image.Image, overwrite: bo
         OSError: it cannot be written, or exists.
     """
     with whole_file(path, overwrite) as part:
-        picture.save(part)
+        # PNG's usual 6 takes half as long again, and the first tiles wait for it; other formats ignore the level.
+        picture.save(part, compress_level=1)

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ssmamba_models.data.hdf5 import require_h5py
+from ssmamba_models.engine.encoder import resolve_device
 from ssmamba_models.engine.processes import default_workers
 from ssmamba_models.wsi.claims import Claims
 from ssmamba_models.wsi.decode_processes import Decoders
@@ -19,6 +20,7 @@ from ssmamba_models.wsi.held_slide import Outcome
 from ssmamba_models.wsi.job import Job
 from ssmamba_models.wsi.job_run import JobResult, follow, job_standing, progress_bar, stopped_in_order
 from ssmamba_models.wsi.local_engine import LocalEngine, Timing
+from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.tile_encoder import TileEncoder
 
 Places = str | os.PathLike | Iterable[str | os.PathLike]
@@ -72,6 +74,19 @@ def extract_slides(
         from ssmamba_models.wsi.ray_engine import require_ray
 
         require_ray()
+    with Decoders(_workers(plan)) as decoders:
+        if plan.engine == "local":
+            decoders.start()  # they get ready while the model loads
+        return _extract(found, out, plan, decoders, progress)
+
+
+def _workers(plan: ExtractPlan) -> int:
+    return default_workers(resolve_device(plan.device), 1) if plan.workers is None else plan.workers
+
+
+def _extract(
+    found: list[SlideFile], out: str | os.PathLike, plan: ExtractPlan, decoders: Decoders, progress: bool
+) -> ExtractResult:
     encoder = plan.load()
     provenance = encoder.provenance()
     job = Job(out, plan.settings(encoder, provenance))
@@ -81,39 +96,37 @@ def extract_slides(
         job.write_tables(found)
         timing = Timing()
         with progress_bar(len(claims.todo), "extract", progress) as bar:
-            outcomes = _outcomes(job, encoder, claims, plan, timing, bar)
+            outcomes = _outcomes(job, encoder, claims, plan, decoders, timing, bar)
             new = sum(1 for _ in follow(outcomes, job, found, bar, _SUMMARY_EVERY))
         job.write_tables(found)
         return ExtractResult(**job_standing(job, found, new), features=job.features, timing=timing)
 
 
 def _outcomes(
-    job: Job, encoder: TileEncoder, claims: Claims, plan: ExtractPlan, timing: Timing, bar: tqdm
+    job: Job,
+    encoder: TileEncoder,
+    claims: Claims,
+    plan: ExtractPlan,
+    decoders: Decoders,
+    timing: Timing,
+    bar: tqdm,
 ) -> Iterator[Outcome]:
     if plan.engine == "ray":
         from ssmamba_models.wsi.ray_engine import run_on_ray
 
         outcomes = run_on_ray(job, claims, plan, timing)
     else:
-        outcomes = _run_here(job, encoder, claims, plan, timing, bar)
+        engine = LocalEngine(job, encoder, decoders, plan.batch_size, timing)
+        outcomes = engine.run(claims.runs(), lambda tiles: _tell(timing, bar))
     with closing(outcomes):
         for outcome in outcomes:
             bar.set_postfix_str(_speed(timing), refresh=False)
             yield outcome
 
 
-def _run_here(
-    job: Job, encoder: TileEncoder, claims: Claims, plan: ExtractPlan, timing: Timing, bar: tqdm
-) -> Iterator[Outcome]:
-    def tell(tiles: int) -> None:
-        bar.set_postfix_str(_speed(timing), refresh=False)
-        bar.update(0)
-
-    workers = default_workers(encoder.encoder.device, 1) if plan.workers is None else plan.workers
-    with Decoders(workers) as decoders:
-        engine = LocalEngine(job, encoder, decoders, plan.batch_size, timing)
-        with closing(engine.run(claims.runs(), tell)) as outcomes:
-            yield from outcomes
+def _tell(timing: Timing, bar: tqdm) -> None:
+    bar.set_postfix_str(_speed(timing), refresh=False)
+    bar.update(0)
 
 
 def _speed(timing: Timing) -> str:

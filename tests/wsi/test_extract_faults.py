@@ -212,6 +212,29 @@ class TestKilledDecoders:
         assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
         assert all(future.done() for future in waiting)
 
+    def test_those_started_early_perform_the_first_tasks(self, slides):
+        task = PrepareTask(find_slides(slides)[0], 1.0, 64, 0, 0.25)
+        with Decoders(2) as decoders:
+            decoders.start()
+            early = decoders.pids
+            decoders.start()
+            assert len(early) == 2
+            assert [len(decoders.submit(task).result().coords) for _ in range(4)][-1] > 10
+            assert decoders.pids == early
+
+    def test_those_that_died_while_nothing_was_asked_are_replaced(self, slides):
+        with Decoders(2) as decoders:
+            decoders.start()
+            early = decoders.pids
+            for pid in early:
+                os.kill(pid, signal.SIGKILL)
+            while decoders.pids:
+                time.sleep(0.01)
+            task = PrepareTask(find_slides(slides)[0], 1.0, 64, 0, 0.25)
+            assert len(decoders.submit(task).result().coords) > 10
+            assert len(decoders.pids) == 1
+            assert not set(early) & set(decoders.pids)
+
     def test_they_do_without_torch(self, slides):
         if not os.path.exists("/proc/self/maps"):
             pytest.skip("needs /proc")
@@ -246,7 +269,7 @@ class TestFullDisk:
         assert extract(slides, out).done == whole.done
         assert digests(out) == digests(tmp_path / "whole")
 
-    @pytest.mark.parametrize(("limit", "grid", "where"), [(6_000, False, "thumbnails"), (200_000, True, "a.h5")])
+    @pytest.mark.parametrize(("limit", "grid", "where"), [(6_000, False, "thumbnails"), (256_000, True, "a.h5")])
     def test_by_the_system_itself(self, tmp_path, limit, grid, where):
         """A limit to the size of files stops HDF5 as a full disk does: in the middle of a write."""
         resource = pytest.importorskip("resource")
