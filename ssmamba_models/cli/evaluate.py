@@ -22,7 +22,8 @@ from ssmamba_models.evaluation.tasks import parse_task
     multiple=True,
     required=True,
     metavar="[LABEL=]NAME[@INIT]",
-    help="An encoder; once for each. NAME: ours, any timm name, or color_histogram.",
+    help="An encoder; once for each. NAME: ours, any timm name, or color_histogram. INIT: as --init, or a training per "
+    "seed, RUN,RUN,...",
 )
 @click.option(
     "--init",

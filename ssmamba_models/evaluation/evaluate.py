@@ -57,8 +57,10 @@ def evaluate(
     require_evaluation_packages()
     folder = check_report_folder(out, overwrite)
     tiles, tasks = _read_tasks(data, tasks, settings)
-    for choice in models:
-        embedding.load(choice)  # an impossible one is found before hours go into the others
+    for choice in models:  # an impossible one is found before hours go into the others
+        choice.check_seeds(settings.seeds)
+        for seed in range(len(choice.runs)):
+            embedding.load(choice, seed)
     (folder / FEATURES).mkdir(parents=True, exist_ok=True)
     evaluated = _score(tiles, models, tasks, folder, settings, embedding)
     report = make_report(evaluated)

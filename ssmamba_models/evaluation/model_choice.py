@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ class ModelChoice:
     Attributes:
         label: what the report and the files call it.
         name: a timm name, or "color_histogram".
-        init: "pretrained" (published weights), "none" (random weights), or the path of a weight file or run folder.
+        init: "pretrained" (published weights), "none" (random weights), or the path of a weight file or run folder;
+            several of those, with commas between, are trainings that differ in their seed.
     """
 
     label: str
@@ -32,9 +34,24 @@ class ModelChoice:
     init: str
 
     @property
+    def runs(self) -> tuple[str, ...]:
+        """The parts of `init`: one for all seeds, or one for each."""
+        # A path of that name may hold commas itself.
+        return (self.init,) if os.path.exists(self.init) else tuple(self.init.split(","))
+
+    @property
     def varies(self) -> bool:
         """Whether the weights differ from seed to seed."""
-        return self.init == RANDOM and self.name != COLOR_HISTOGRAM
+        return self.name != COLOR_HISTOGRAM and (self.init == RANDOM or len(self.runs) > 1)
+
+    def check_seeds(self, seeds: int) -> None:
+        """See that there are as many trainings as seeds, or one (ValueError: there are not)."""
+        count = len(self.runs)
+        if count not in (1, seeds):
+            raise ValueError(
+                f"the model {self.label!r} names {count} trainings ({self.init}) for {seeds} seeds; use "
+                f"--seeds {count}, or name one training or {seeds}"
+            )
 
     def load(
         self,
@@ -44,7 +61,7 @@ class ModelChoice:
         bf16: bool = False,
         pool: str = "model",
     ) -> Encoder:
-        """Make the encoder; `seed` matters for random weights alone, and `pool` not for the colour histogram.
+        """Make the encoder; `seed` matters for random weights and several trainings, `pool` not for the histogram.
 
         Raises:
             ValueError, OSError: as `load_encoder`.
@@ -52,8 +69,9 @@ class ModelChoice:
         if self.name == COLOR_HISTOGRAM:
             return color_histogram_encoder(img_size)
         self._check_published()
-        pretrained = self.init == PRETRAINED
-        checkpoint = None if self.init in (PRETRAINED, RANDOM) else self.init
+        init = self.runs[seed] if len(self.runs) > 1 else self.init
+        pretrained = init == PRETRAINED
+        checkpoint = None if init in (PRETRAINED, RANDOM) else init
         return load_encoder(
             self.name,
             pretrained=pretrained,
@@ -85,7 +103,8 @@ def parse_model(text: str, init: str = PRETRAINED) -> ModelChoice:
 
     Args:
         text: for example "ssmamba_tiny", "mamim=ssmamba_tiny@runs/mamim", "ssmamba_tiny@none" or
-            "hf-hub:owner/name" (which brings its weights, and takes no @INIT).
+            "hf-hub:owner/name" (which brings its weights, and takes no @INIT). "mamim=ssmamba_tiny@run0,run1,run2" are
+            three trainings, one for each seed.
         init: what INIT is where the text names none.
 
     Raises:

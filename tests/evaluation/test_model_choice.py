@@ -51,15 +51,39 @@ def test_random_weights_vary_with_the_seed_and_nothing_else_does():
     assert not parse_model("test_ssmamba@run").varies
 
 
-@pytest.mark.parametrize("init", ["weights.safetensors", ""])
-def test_weights_of_a_file_and_of_a_run_folder(tmp_path, init):
+def save_weights(folder, seed):
     from safetensors.torch import save_file
 
-    saved = parse_model("test_ssmamba@none").load(seed=5)
+    saved = parse_model("test_ssmamba@none").load(seed=seed)
+    folder.mkdir()
     state = {name: tensor.contiguous() for name, tensor in saved.model.state_dict().items()}
-    save_file(state, tmp_path / "weights.safetensors")
-    read = parse_model(f"test_ssmamba@{tmp_path / init}").load()
-    assert read.provenance()["weights_sha256"] == saved.provenance()["weights_sha256"]
+    save_file(state, folder / "weights.safetensors")
+    return saved.provenance()["weights_sha256"]
+
+
+def test_several_trainings_are_one_for_each_seed(tmp_path):
+    expected = [save_weights(tmp_path / name, seed) for name, seed in (("a", 3), ("b", 4))]
+    choice = parse_model(f"both=test_ssmamba@{tmp_path / 'a'},{tmp_path / 'b'}")
+    assert choice.varies
+    assert [choice.load(seed).provenance()["weights_sha256"] for seed in (0, 1)] == expected
+    choice.check_seeds(2)
+    with pytest.raises(ValueError, match=r"'both' names 2 trainings .* for 3 seeds; use --seeds 2, or name"):
+        choice.check_seeds(3)
+
+
+def test_a_path_may_hold_commas(tmp_path):
+    expected = save_weights(tmp_path / "lr 1,5", 3)
+    choice = parse_model(f"x=test_ssmamba@{tmp_path / 'lr 1,5'}")
+    choice.check_seeds(3)
+    assert not choice.varies
+    assert choice.load().provenance()["weights_sha256"] == expected
+
+
+@pytest.mark.parametrize("init", ["weights.safetensors", ""])
+def test_weights_of_a_file_and_of_a_run_folder(tmp_path, init):
+    expected = save_weights(tmp_path / "run", seed=5)
+    read = parse_model(f"test_ssmamba@{tmp_path / 'run' / init}").load()
+    assert read.provenance()["weights_sha256"] == expected
 
 
 def test_no_published_weights_names_the_ways_out():
