@@ -17,10 +17,11 @@ from ssmamba_models.wsi.slide_run import SlideRun
 from ssmamba_models.wsi.status import DONE, STARTED, is_settled
 from ssmamba_models.wsi.tiling_plan import TilingPlan
 
+AnyJob = TypeVar("AnyJob", bound=JobFolder)
 Run = TypeVar("Run", bound=HeldSlide)
 
 
-class JobClaims(abc.ABC, Generic[Run]):
+class JobClaims(abc.ABC, Generic[AnyJob, Run]):
     """The slides of a job, to be drawn one by one.
 
     Args:
@@ -35,7 +36,7 @@ class JobClaims(abc.ABC, Generic[Run]):
         ValueError: a slide was done at another mpp than is now given.
     """
 
-    def __init__(self, job: JobFolder, slides: list[SlideFile], plan: TilingPlan):
+    def __init__(self, job: AnyJob, slides: list[SlideFile], plan: TilingPlan):
         self.slides = slides
         self._job, self._plan = job, plan
         self.todo = shard_order([slide for slide in slides if not self._is_settled(slide)], plan.shard)
@@ -112,7 +113,7 @@ class JobClaims(abc.ABC, Generic[Run]):
                 lock.release()
 
 
-class Claims(JobClaims[SlideRun]):
+class Claims(JobClaims[Job, SlideRun]):
     """The slides of a job of extraction.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from ssmamba_models.engine.processes import default_workers
 from ssmamba_models.wsi.claims import Claims
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.extract_plan import ExtractPlan
-from ssmamba_models.wsi.held_slide import Outcome
+from ssmamba_models.wsi.held_slide import Outcomes
 from ssmamba_models.wsi.job import Job
 from ssmamba_models.wsi.job_run import JobResult, follow, job_standing, progress_bar, stopped_in_order
 from ssmamba_models.wsi.local_engine import LocalEngine, Timing
@@ -110,7 +110,7 @@ def _outcomes(
     decoders: Decoders,
     timing: Timing,
     bar: tqdm,
-) -> Iterator[Outcome]:
+) -> Outcomes:
     if plan.engine == "ray":
         from ssmamba_models.wsi.ray_engine import run_on_ray
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import importlib.metadata
 import time
+from collections.abc import Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,10 @@ class Outcome:
     reason: str = ""
 
 
+# How slides end, one by one; whoever draws from it closes it.
+Outcomes = Generator[Outcome, None, None]
+
+
 class HeldSlide(abc.ABC):
     """A slide whose lock we hold.
 
@@ -57,7 +62,8 @@ class HeldSlide(abc.ABC):
     """
 
     def __init__(self, job: JobFolder, slide: SlideFile, lock: Lock, max_bad_tiles: float):
-        self.slide, self.outcome = slide, None
+        self.slide = slide
+        self.outcome: Outcome | None = None
         self._job, self._lock = job, lock
         self._max_bad_tiles = max_bad_tiles
         self._start = time.monotonic()

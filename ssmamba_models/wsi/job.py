@@ -64,7 +64,7 @@ class JobSettings(FolderSettings):
         return {key: value for key, value in super().values().items() if key not in left_out}
 
 
-class Job(JobFolder):
+class Job(JobFolder[JobSettings]):
     """An open job of extraction (see `JobFolder`).
 
     Attributes:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ssmamba_models.engine.config import load_config, save_config
 from ssmamba_models.locks import JOB_LOCK, STALE, Locks
@@ -49,7 +49,10 @@ class _Saved:
     begun_with: dict
 
 
-class JobFolder(abc.ABC):
+Settings = TypeVar("Settings", bound=FolderSettings)
+
+
+class JobFolder(abc.ABC, Generic[Settings]):
     """An open job folder; close it, or use it in a `with` block, to let go of its locks.
 
     Attributes:
@@ -63,7 +66,7 @@ class JobFolder(abc.ABC):
     outputs = "outputs"
     shared_files: tuple[str, ...] = ("config", "summary")
 
-    def __init__(self, root: str | os.PathLike, settings: FolderSettings):
+    def __init__(self, root: str | os.PathLike, settings: Settings):
         if not os.fspath(root):
             raise ValueError("the job's folder (--out, out=...) is empty; name the folder to write")
         self.root, self.settings = Path(root), settings

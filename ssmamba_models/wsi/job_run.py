@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ssmamba_models.wsi.held_slide import Outcome
+from ssmamba_models.wsi.held_slide import Outcomes
 from ssmamba_models.wsi.job_folder import JobFolder
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.status import DONE, FAILED, NO_TISSUE, PENDING, STARTED
@@ -69,8 +69,8 @@ def progress_bar(count: int, what: str, progress: bool) -> tqdm:
 
 
 def follow(
-    outcomes: Iterator[Outcome], job: JobFolder, slides: list[SlideFile], bar: tqdm, every: float
-) -> Iterator[Outcome]:
+    outcomes: Outcomes, job: JobFolder, slides: list[SlideFile], bar: tqdm, every: float
+) -> Outcomes:
     """Slides as they end; the bar and the job's tables follow.
 
     Args:

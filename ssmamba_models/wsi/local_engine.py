@@ -20,7 +20,7 @@ import torch
 
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.decoding import PrepareTask, ReadTask
-from ssmamba_models.wsi.held_slide import Outcome
+from ssmamba_models.wsi.held_slide import Outcomes
 from ssmamba_models.wsi.job import Job
 from ssmamba_models.wsi.shared_aug import Part
 from ssmamba_models.wsi.slide_list import SlideFile
@@ -99,7 +99,7 @@ class LocalEngine:
                 f"two batches of {batch_size} tiles do not fit into memory; use a smaller --batch-size"
             ) from error
 
-    def run(self, runs: Iterator[SlideRun], tell: Callable[[int], None] = lambda tiles: None) -> Iterator[Outcome]:
+    def run(self, runs: Iterator[SlideRun], tell: Callable[[int], None] = lambda tiles: None) -> Outcomes:
         """Extract slides.
 
         Args:

@@ -21,7 +21,7 @@ from ssmamba_models.wsi.claims import Claims
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.errors import one_line
 from ssmamba_models.wsi.extract_plan import ExtractPlan
-from ssmamba_models.wsi.held_slide import Outcome
+from ssmamba_models.wsi.held_slide import Outcome, Outcomes
 from ssmamba_models.wsi.job import Job
 from ssmamba_models.wsi.local_engine import LocalEngine, Timing
 from ssmamba_models.wsi.slide_list import SlideFile
@@ -50,7 +50,7 @@ def require_ray() -> ModuleType:
     return ray
 
 
-def run_on_ray(job: Job, claims: Claims, plan: ExtractPlan, timing: Timing) -> Iterator[Outcome]:
+def run_on_ray(job: Job, claims: Claims, plan: ExtractPlan, timing: Timing) -> Outcomes:
     """Extract slides on the cluster that RAY_ADDRESS names or this machine belongs to, else on one of this machine.
 
     Args:

@@ -52,10 +52,9 @@ class SlidesAhead(Generic[Run]):
 
     def ended(self) -> Iterator[Outcome]:
         """How those slides ended that have since the last call."""
-        ended = [run for run in self._open if run.outcome is not None]
+        ended = [run.outcome for run in self._open if run.outcome is not None]
         self._open = [run for run in self._open if run.outcome is None]
-        for run in ended:
-            yield run.outcome
+        yield from ended
 
     def abandon(self) -> None:
         """Leave all slides that have not ended as if they had not begun."""

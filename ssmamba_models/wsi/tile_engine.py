@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.decoding import CutTask, PrepareTask
-from ssmamba_models.wsi.held_slide import HeldSlide, Outcome
+from ssmamba_models.wsi.held_slide import HeldSlide, Outcomes
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.slides_ahead import SlidesAhead
 from ssmamba_models.wsi.tile_job import TileJob
@@ -36,7 +36,7 @@ class TileEngine:
         self._submitting: tuple[TileRun, Iterator[slice]] | None = None
         self._chunks: deque[tuple[TileRun, slice, Future]] = deque()
 
-    def run(self, runs: Iterator[TileRun], tell: Callable[[int], None]) -> Iterator[Outcome]:
+    def run(self, runs: Iterator[TileRun], tell: Callable[[int], None]) -> Outcomes:
         """Cut slides.
 
         Args:

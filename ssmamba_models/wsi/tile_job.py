@@ -51,7 +51,7 @@ class TileSettings(FolderSettings):
     format: int = FORMAT
 
 
-class TileJob(JobFolder):
+class TileJob(JobFolder[TileSettings]):
     """An open job of cutting tiles (see `JobFolder`)."""
 
     outputs = "tiles"

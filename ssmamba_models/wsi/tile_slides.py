@@ -80,7 +80,7 @@ class TileResult(JobResult):
     seconds: float
 
 
-class _TileClaims(JobClaims[TileRun]):
+class _TileClaims(JobClaims[TileJob, TileRun]):
     def _hold(self, slide: SlideFile, lock: Lock) -> TileRun:
         return TileRun(self._job, slide, lock, self._plan.max_bad_tiles)
 
