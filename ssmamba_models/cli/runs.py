@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from ssmamba_models.cli.options import add_options
-from ssmamba_models.engine.config import load_config, parse_setting
+from ssmamba_models.engine.config import Config, load_config, parse_setting
 from ssmamba_models.engine.loop import TrainResult
-
-Config = TypeVar("Config")
 
 _CONFIGURED = (
     click.option("--out", required=True, type=click.Path(), help="Run folder to write."),

@@ -11,11 +11,18 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from ssmamba_models.output import whole_file
 
-Config = TypeVar("Config")
+
+class Dataclass(Protocol):
+    """Any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+Config = TypeVar("Config", bound=Dataclass)
 
 # A configuration is what a person can read; aliases within aliases (YAML's bomb) are not.
 _MOST_VALUES = 100_000

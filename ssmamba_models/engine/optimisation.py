@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import functools
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from ssmamba_models.engine.train_config import LoopConfig
 from ssmamba_models.layers.dms import DirectionalSSM
 
 # Smaller sides leave orthogonalisation little to do: depthwise kernels (9), tables of a recurrence (4 directions).
 _LEAST_SIDE = 16
+
+
+class Recipe(Protocol):
+    """What optimiser and schedule need to know of a training; `LoopConfig` says it, and `MilConfig`."""
+
+    @property
+    def epochs(self) -> int: ...
+
+    @property
+    def optimizer(self) -> str: ...
+
+    @property
+    def betas(self) -> tuple[float, float]: ...
+
+    @property
+    def weight_decay(self) -> float: ...
+
+    @property
+    def peak_lr(self) -> float: ...
+
+    @property
+    def min_lr(self) -> float: ...
+
+    @property
+    def warmup(self) -> float: ...
 
 
 def undecayed_names(module: nn.Module) -> set[str]:
@@ -36,7 +59,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return param_groups_weight_decay(module, weight_decay, no_weight_decay_list=undecayed_names(module))
 
 
-def create_optimizer(config: LoopConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def create_optimizer(config: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """AdamW, Muon or SGD over groups of parameters; a group's `lr_scale` (layer decay) is applied by the schedule.
 
     Raises:
@@ -54,7 +77,7 @@ def create_optimizer(config: LoopConfig, groups: list[dict[str, Any]]) -> torch.
     )
 
 
-def _create_muon(config: LoopConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def _create_muon(config: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Source: Muon (K. Jordan, 2024), with AdamW's size of updates (arXiv:2502.16982, sec. 2.2)."""
     try:
         from timm.optim import muon
@@ -89,14 +112,14 @@ def _matrices_apart(group: dict[str, Any], weight_decay: float) -> list[dict[str
     return [{**group, "params": params, "use_fallback": rest} for rest, params in parts.items() if params]
 
 
-def _orthogonalize_in_float32(muon: ModuleType) -> None:
+def _orthogonalize_in_float32(muon: Any) -> None:
     # timm iterates in bfloat16, which a CPU without such instructions emulates: a step took ten times as long.
     inner = muon.zeropower_via_newtonschulz
     if not isinstance(inner, functools.partial):
         muon.zeropower_via_newtonschulz = functools.partial(inner, dtype=torch.float32)
 
 
-def create_schedule(config: LoopConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:
+def create_schedule(config: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:
     """Linear warm-up, then a cosine, per update: call `step_update(updates done)` after each."""
     steps = steps_per_epoch * config.epochs
     warmup = min(round(config.warmup * steps_per_epoch), steps - 1)

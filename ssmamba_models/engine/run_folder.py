@@ -7,10 +7,10 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 from ssmamba_models.engine.checkpoints import Checkpoints
-from ssmamba_models.engine.config import config_values, load_config, save_config
-from ssmamba_models.engine.train_config import LoopConfig
+from ssmamba_models.engine.config import Dataclass, config_values, load_config, save_config
 from ssmamba_models.locks import BEAT, STALE, Locks
 from ssmamba_models.notice import SSMambaWarning
 from ssmamba_models.output import is_unfinished, remove_unfinished
@@ -18,8 +18,18 @@ from ssmamba_models.output import is_unfinished, remove_unfinished
 _LOCKS, _LOCK = ".locks", "run"
 
 
+class RunConfig(Dataclass, Protocol):
+    """The configuration of a training.
+
+    Attributes:
+        HARMLESS: what a resumed run may change.
+    """
+
+    HARMLESS: ClassVar[frozenset[str]]
+
+
 @contextlib.contextmanager
-def open_run(folder: str | os.PathLike, config: LoopConfig, resume: bool, *, main: bool = True) -> Iterator[Path]:
+def open_run(folder: str | os.PathLike, config: RunConfig, resume: bool, *, main: bool = True) -> Iterator[Path]:
     """Make a run folder and write its config.yaml, or check that an existing one may go on; nobody else may meanwhile.
 
     Args:
@@ -90,7 +100,7 @@ def _check_place(run: Path, resume: bool) -> None:
         )
 
 
-def _check_same(saved: LoopConfig, config: LoopConfig, run: Path) -> None:
+def _check_same(saved: RunConfig, config: RunConfig, run: Path) -> None:
     before, now = config_values(saved), config_values(config)
     changed = [key for key in now if key not in config.HARMLESS and now[key] != before[key]]
     if changed:
