@@ -33,7 +33,8 @@ def exported() -> dict[str, ast.FunctionDef | ast.ClassDef]:
 
 def definition(module: str, name: str) -> ast.FunctionDef | ast.ClassDef:
     tree = ast.parse(source(module).read_text(encoding="utf-8"))
-    (node,) = [item for item in tree.body if getattr(item, "name", None) == name]
+    # Where there are overloads, the function itself comes last.
+    *_, node = [item for item in tree.body if getattr(item, "name", None) == name]
     return node
 
 

@@ -183,6 +183,7 @@ class DMS(nn.Module):
         self.out_proj = nn.Linear(dim, dim, bias=False, **dd)
         trunc_normal_(self.in_proj.weight, std=dim**-0.5 if scan_init == "unit" else 0.02)
         trunc_normal_(self.out_proj.weight, std=0.02)
+        assert self.conv.bias is not None
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor, hold: Tensor | None = None) -> Tensor:

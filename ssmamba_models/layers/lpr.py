@@ -26,6 +26,7 @@ class LPR(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
         nn.init.trunc_normal_(self.conv.weight, std=0.02)
+        assert self.conv.bias is not None
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -51,18 +51,18 @@ def expect_shape(op: str, name: str, x: Tensor | None, layout: str, shape: tuple
 
 
 def expect_operator_dtypes(
-    op: str, activations: tuple[Tensor, ...], parameters: tuple[Tensor | None, ...]
+    op: str, activations: tuple[Tensor | None, ...], parameters: tuple[Tensor | None, ...]
 ) -> None:
     """What the public functions see to, for those who call a registered operator by itself (a scripted or exported
     model, for one): the kernels read memory by these dtypes. Raises TypeError."""
-    first = activations[0]
-    for x in activations:
-        if x is not None and x.dtype != first.dtype:
-            raise TypeError(f"{op}: the activations are {first.dtype} and {x.dtype}; cast them to one dtype")
-    wanted = torch.float64 if first.dtype == torch.float64 else torch.float32
+    first, *others = [x.dtype for x in activations if x is not None]
+    for dtype in others:
+        if dtype != first:
+            raise TypeError(f"{op}: the activations are {first} and {dtype}; cast them to one dtype")
+    wanted = torch.float64 if first == torch.float64 else torch.float32
     for x in parameters:
         if x is not None and x.dtype != wanted:
-            raise TypeError(f"{op}: a parameter is {x.dtype}, expected {wanted} beside {first.dtype} activations")
+            raise TypeError(f"{op}: a parameter is {x.dtype}, expected {wanted} beside {first} activations")
 
 
 def activations(op: str, u: Tensor, **others: Tensor | None) -> tuple[Any, ...]:

@@ -73,9 +73,9 @@ def run_tasks(library: ctypes.CDLL, function: str, arguments_address: int, tasks
     threads = torch.get_num_threads()
     if threads == 1 or tasks == 1 or cost < 40_000:
         failed = kernel(arguments_address, 0, tasks)
-    elif not _forked and _openmp() is not None:
+    elif not _forked and (runtime := _openmp()) is not None:
         address = ctypes.cast(kernel, ctypes.c_void_p)
-        failed = library.ssmamba_team_run(*_openmp(), threads, address, arguments_address, tasks)
+        failed = library.ssmamba_team_run(*runtime, threads, address, arguments_address, tasks)
     else:
         failed = _run_on_pool(kernel, arguments_address, tasks, min(threads, tasks))
     if failed:
