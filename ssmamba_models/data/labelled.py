@@ -42,6 +42,17 @@ class LabelledTiles(TileFolder):
         return tuple(sorted(set(self.labels or ())))
 
     @property
+    def known_labels(self) -> tuple[str, ...]:
+        """The labels, N names, where there must be some.
+
+        Raises:
+            ValueError: the tiles have none.
+        """
+        if self.labels is None:
+            raise ValueError(f"the tiles in {str(self.root)!r} have no labels; name them in folders or a {MANIFEST}")
+        return self.labels
+
+    @property
     def units(self) -> tuple[str, ...]:
         """What a split may not divide, N names: the groups, or each tile by itself where there are none."""
         return self.groups if self.groups is not None else self.paths

@@ -95,7 +95,7 @@ def write_mosaic_tiles(
     Raises:
         OSError: a tile cannot be read, or a file cannot be written.
     """
-    root = Path(folder)
+    root, labels = Path(folder), tiles.known_labels
     rows = []
     for mosaic in mosaics:
         (root / mosaic.name).mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def write_mosaic_tiles(
             source = tiles.root / tiles.paths[index]
             path = f"{mosaic.name}/{x}_{y}{source.suffix}"
             shutil.copyfile(source, root / path)
-            row = (path, mosaic.name, x, y, tiles.labels[index], mosaic.patient)
+            row = (path, mosaic.name, x, y, labels[index], mosaic.patient)
             rows.append(row if splits is None else (*row, splits[mosaic.patient]))
     header = ("path", "slide", "x", "y", "label", "group") + (() if splits is None else ("split",))
     return _write_rows(root / MANIFEST, [header, *rows])

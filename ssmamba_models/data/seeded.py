@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from ssmamba_models.data.tiles import TileFolder, read_tile
+from ssmamba_models.data.labelled import LabelledTiles
+from ssmamba_models.data.tiles import read_tile
 
 
 def mixed_seed(*parts: int) -> int:
@@ -212,7 +213,7 @@ class SeededTiles(SeededData):
 
     def __init__(
         self,
-        tiles: TileFolder,
+        tiles: LabelledTiles,
         transform: Callable[..., Any],
         seed: int,
         labels: list[int] | None = None,
@@ -250,8 +251,9 @@ def collate_seeded(
         items: what `SeededData` gave.
         stack: joins the views of several; the default stacks tensors of one shape.
     """
+    views = [item.views for item in items if item.views is not None]
     return SeededBatch(
-        views=None if any(item.views is None for item in items) else stack([item.views for item in items]),
+        views=stack(views) if len(views) == len(items) else None,
         indices=[item.index for item in items],
         unreadable=[bad for item in items for bad in item.unreadable],
     )

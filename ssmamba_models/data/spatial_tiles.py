@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,8 +33,8 @@ class SpatialTiles(LabelledTiles):
     """
 
     slides: tuple[str, ...] = ()
-    x: np.ndarray = None
-    y: np.ndarray = None
+    x: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    y: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     traits: ClassVar[str] = "paths, places, labels, groups or splits"
 

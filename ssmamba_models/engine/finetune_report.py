@@ -45,7 +45,7 @@ def describe_tiles(tiles: LabelledTiles) -> dict[str, Any]:
 
 def write_predictions(path: Path, tiles: LabelledTiles, predictions: Predictions, classes: tuple[str, ...]) -> None:
     """Write predictions.csv: path, group (empty where there is none), label, prediction, a probability per class."""
-    chosen = predictions.probabilities.argmax(dim=1).tolist()
+    labels, chosen = tiles.known_labels, predictions.probabilities.argmax(dim=1).tolist()
     with whole_file(path, overwrite=True) as part, open(part, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "group", "label", "prediction", *(f"probability_{name}" for name in classes)])
@@ -53,4 +53,4 @@ def write_predictions(path: Path, tiles: LabelledTiles, predictions: Predictions
             group = "" if tiles.groups is None else tiles.groups[index]
             # Twelve digits: enough for the ranks, and with them the AUC, to be those of the metrics.
             numbers = [f"{value:.12g}" for value in row]
-            writer.writerow([tiles.paths[index], group, tiles.labels[index], classes[choice], *numbers])
+            writer.writerow([tiles.paths[index], group, labels[index], classes[choice], *numbers])

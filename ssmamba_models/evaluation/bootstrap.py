@@ -70,7 +70,7 @@ class Resampling:
             self.weights[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), draws)
         self.seed_weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds
 
-    def estimate(self, values: Sequence[float], draws: np.ndarray) -> Estimate:
+    def estimate(self, values: Sequence[float] | np.ndarray, draws: np.ndarray) -> Estimate:
         """Join the seeds of a figure.
 
         Args:

@@ -155,7 +155,8 @@ def _score_shots(
         means = np.stack([np.nanmean(scores[name], axis=0) for scores in per_seed])
         estimates[name] = resampling.estimate(means[:, 0], means[:, 1:])
         single = np.concatenate([scores[name][:, 0] for scores in per_seed])
-        spread[name] = tuple(float(value) for value in np.percentile(single, (2.5, 97.5)))
+        low, high = np.percentile(single, (2.5, 97.5))
+        spread[name] = (float(low), float(high))
     return FewShot(shots, estimates, spread)
 
 

@@ -79,7 +79,7 @@ def _of_task(tiles: LabelledTiles, task: Task) -> np.ndarray:
 
 def _from_splits(tiles: LabelledTiles, task: Task, seeds: int, noun: str) -> Protocol:
     splits = np.asarray(tiles.splits)
-    there = sorted(set(tiles.splits))
+    there = sorted(set(tiles.splits or ()))
     test_split = next((name for name in ("test", "val") if name in there), None)
     if "train" not in there or test_split is None:
         raise ValueError(
@@ -93,8 +93,9 @@ def _from_splits(tiles: LabelledTiles, task: Task, seeds: int, noun: str) -> Pro
 
 
 def _check_every_class(tiles: LabelledTiles, task: Task, places: np.ndarray, split: str, noun: str) -> None:
+    labels = tiles.known_labels
     for name in task.classes:
-        if not any(tiles.labels[place] == name for place in places):
+        if not any(labels[place] == name for place in places):
             raise ValueError(
                 f"task {task.name!r}: no {noun} of class {name!r} is in the split {split!r}; "
                 f"each class needs {noun}s to learn from and {noun}s to be scored on"

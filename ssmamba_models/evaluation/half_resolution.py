@@ -65,8 +65,8 @@ def score_half_resolution(
     halves = _HalfFeatures(
         wanted[shared], {label: [table.rows(shared) for table in seeds] for label, seeds in tables.items()}
     )
-    full = {label: features for label, (_, _, features) in models.items()}
-    scores = [_score_task(task, places, halves, full, settings) for task, places in zip(tasks, chosen)]
+    whole = {label: features for label, (_, _, features) in models.items()}
+    scores = [_score_task(task, places, halves, whole, settings) for task, places in zip(tasks, chosen)]
     return scores, notes
 
 

@@ -88,10 +88,10 @@ class ModelChoice:
         if self.init != PRETRAINED or ":" in self.name or not is_model(self.name.split(".")[0]):
             return
         try:
-            published = get_pretrained_cfg(self.name).has_weights
+            config = get_pretrained_cfg(self.name)
         except RuntimeError:  # an unknown tag: load_encoder names the known ones
             return
-        if not published:
+        if config is None or not config.has_weights:
             raise ValueError(
                 f"{self.name} has no published weights; of this package, {', '.join(list_models(pretrained=True))} "
                 f"have; write {self.name}@RUN (a run folder or weight file), or {self.name}@none for random weights"
@@ -123,9 +123,8 @@ def parse_model(text: str, init: str = PRETRAINED) -> ModelChoice:
 def _split(text: str) -> tuple[str | None, str, str | None]:
     # A path after @ may hold =, and hf-hub's names may hold @revision.
     head, at, init = text.partition("@")
-    label, equals, name = head.partition("=")
-    if not equals:
-        label, name = None, head
+    before, equals, after = head.partition("=")
+    label, name = (before, after) if equals else (None, head)
     if ":" in name:
         return label, name + at + init, None
     return label, name, init if at else None

@@ -40,7 +40,7 @@ class TaskData:
         self.task = task
         self.protocol: Protocol = make_protocol(tiles, task, settings.folds, settings.seeds)
         number = {name: place for place, name in enumerate(task.classes)}
-        self.labels = np.array([number.get(name, -1) for name in tiles.labels])
+        self.labels = np.array([number.get(name, -1) for name in tiles.known_labels])
         self.units = np.asarray(tiles.units)
         test = self.protocol.test
         self.resampling = Resampling(self.units[test], self.labels[test], settings.seeds, settings.draws)
@@ -112,7 +112,7 @@ def _score_method(data: TaskData, features: Sequence[np.ndarray], method: str, s
     return MethodScores(
         estimates=estimate_metrics(labels, scores, data.resampling),
         table=class_table(labels, scores, data.task.classes, data.resampling.group_of),
-        confusion=sum(confusion_matrix(labels, seed_scores) for seed_scores in scores),
+        confusion=np.sum([confusion_matrix(labels, seed_scores) for seed_scores in scores], axis=0),
         scores=scores,
         notes=[f"{stopped} of {fits} fits stopped at {MAX_ITERATIONS} iterations, not converged"] if stopped else [],
     )

@@ -105,7 +105,7 @@ class SlideTask:
         (self.task,) = choose_tasks(table)
         self.settings = settings
         self.protocol = _protocol(table, self.task, settings)
-        self.labels = np.array([self.task.classes.index(name) for name in table.labels])
+        self.labels = np.array([self.task.classes.index(name) for name in table.known_labels])
         test = self.protocol.test
         units = np.asarray(table.units)[test]
         self.resampling = Resampling(units, self.labels[test], settings.repeats, settings.draws)

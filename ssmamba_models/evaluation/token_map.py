@@ -27,12 +27,13 @@ def token_grid(model: nn.Module, images: torch.Tensor, stride: int = 16) -> torc
     Raises:
         ValueError: the model has no `forward_intermediates`, or it does not return maps.
     """
-    if not hasattr(model, "forward_intermediates"):
+    forward = getattr(model, "forward_intermediates", None)
+    if forward is None:
         raise ValueError(
             f"{type(model).__name__} has no forward_intermediates, so there is no token map; "
             "choose another model (all ssmamba models have it)"
         )
-    maps = model.forward_intermediates(images, intermediates_only=True, output_fmt="NCHW")
+    maps = forward(images, intermediates_only=True, output_fmt="NCHW")
     maps = [grid for grid in maps if grid.ndim == 4]
     if not maps:
         raise ValueError(f"{type(model).__name__} returns no two-dimensional maps; choose another model")
