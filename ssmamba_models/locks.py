@@ -111,7 +111,7 @@ class Locks:
             owner = None if newest is None else _read(newest[1])
             if newest is not None and owner is None:
                 continue  # released since we looked
-            if owner == "":
+            if newest is not None and owner == "":
                 self._await_owner(newest[1])
                 owner = _read(newest[1])
             if newest is not None and (owner is None or not self._is_dead(newest[1], owner)):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 DIRECTIONS = 4
+# Of `OpInputs`: tensors, constants, streamed.
+_Drawn = tuple[dict[str, Tensor], dict[str, object], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class OpInputs:
     tensors: dict[str, Tensor]
     constants: dict[str, object]
     streamed: tuple[str, ...]
-    grad_out: Tensor | None = None
+    grad_out: Tensor
 
     @property
     def main(self) -> Tensor:
@@ -117,17 +119,16 @@ def make_inputs(case: OpCase, dtype: torch.dtype, device: torch.device | str) ->
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    inputs = _MAKERS[case.op](case, normal)
-    low = set(inputs.tensors) if case.op == "causal_conv1d" else set(inputs.streamed)
+    drawn, constants, streamed = _MAKERS[case.op](case, normal)
+    low = set(drawn) if case.op == "causal_conv1d" else set(streamed)
     tensors = {
-        name: x.to(device, dtype if name in low else torch.float32).requires_grad_()
-        for name, x in inputs.tensors.items()
+        name: x.to(device, dtype if name in low else torch.float32).requires_grad_() for name, x in drawn.items()
     }
     grad_out = normal(*case.shape).to(device, dtype)
-    return OpInputs(tensors, inputs.constants, inputs.streamed, grad_out)
+    return OpInputs(tensors, constants, streamed, grad_out)
 
 
-def _directional_inputs(case: OpCase, normal: Callable[..., Tensor]) -> OpInputs:
+def _directional_inputs(case: OpCase, normal: Callable[..., Tensor]) -> _Drawn:
     batch, height, width, channels = case.shape
     tensors = {
         "u": normal(*case.shape),
@@ -138,10 +139,10 @@ def _directional_inputs(case: OpCase, normal: Callable[..., Tensor]) -> OpInputs
         "D": torch.ones(channels),
         "delta_bias": normal(DIRECTIONS, channels) - 4.0,
     }
-    return OpInputs(tensors, {}, ("u", "delta", "B", "C"))
+    return tensors, {}, ("u", "delta", "B", "C")
 
 
-def _selective_inputs(case: OpCase, normal: Callable[..., Tensor]) -> OpInputs:
+def _selective_inputs(case: OpCase, normal: Callable[..., Tensor]) -> _Drawn:
     batch, channels, length = case.shape
     tensors = {
         "u": normal(*case.shape),
@@ -152,17 +153,17 @@ def _selective_inputs(case: OpCase, normal: Callable[..., Tensor]) -> OpInputs:
         "D": torch.ones(channels),
         "delta_bias": normal(channels) - 4.0,
     }
-    return OpInputs(tensors, {"delta_softplus": True}, ("u", "delta", "B", "C"))
+    return tensors, {"delta_softplus": True}, ("u", "delta", "B", "C")
 
 
-def _conv_inputs(case: OpCase, normal: Callable[..., Tensor]) -> OpInputs:
+def _conv_inputs(case: OpCase, normal: Callable[..., Tensor]) -> _Drawn:
     channels = case.shape[1]
     tensors = {
         "x": normal(*case.shape),
         "weight": normal(channels, case.extra) / case.extra,
         "bias": normal(channels),
     }
-    return OpInputs(tensors, {"activation": "silu"}, ("x",))
+    return tensors, {"activation": "silu"}, ("x",)
 
 
 _MAKERS = {

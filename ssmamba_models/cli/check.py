@@ -50,6 +50,7 @@ def _line(report: FileReport) -> str:
     if report.problems:
         return f"BAD {report.path}: " + "; ".join(f"{problem.kind}: {problem.message}" for problem in report.problems)
     facts = report.provenance
+    assert facts is not None  # only a file that does not open has none, and that is a problem
     return (
         f"ok  {report.path}: {report.tiles} tiles x {report.embed_dim} {report.dtype}, {facts['model']}, "
         f"{facts['patch_size']} px at {facts['target_mpp']:g} um/px"

@@ -83,7 +83,8 @@ def command(
 def _packaged(model: str) -> bool:
     """Whether the package itself holds weights of this name: no network is needed."""
     name = model.split(".")[0]
-    return is_model(name) and bool(get_pretrained_cfg(model).file)
+    config = get_pretrained_cfg(model) if is_model(name) else None
+    return config is not None and bool(config.file)
 
 
 def _check_picture(out: str) -> None:

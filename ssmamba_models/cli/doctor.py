@@ -55,7 +55,7 @@ def _examine() -> list[Finding]:
 
 def _report(findings: list[Finding]) -> str:
     width = max(len(finding.name) for finding in findings)
-    lines = []
+    lines: list[str] = []
     for subject, group in groupby(findings, key=lambda finding: finding.subject):
         lines += ["", subject] if lines else [subject]
         for finding in group:

@@ -109,8 +109,8 @@ class SlideFeatureWriter:
         columns = {"features": self._store(features, "features"), "coords": coords.astype(np.int64, copy=False)}
         if (grid is not None) != (self.grid_shape is not None):
             raise ValueError(f"token maps (grid) are {'missing' if grid is None else 'not declared by grid_shape'}")
-        if grid is not None:
-            columns["grid"] = self._store(self._fit_grid(np.asarray(grid), rows), "grid")
+        if grid is not None and self.grid_shape is not None:
+            columns["grid"] = self._store(_fit_grid(np.asarray(grid), (rows, *self.grid_shape)), "grid")
         self._rows.append(columns)
         self._disk.check()
 
@@ -137,12 +137,6 @@ class SlideFeatureWriter:
         """Keep a data set or group of another open HDF5 file beside ours, as it is; readers of ours pass over it."""
         source.file.copy(source, self._file, name=name)
 
-    def _fit_grid(self, grid: np.ndarray, rows: int) -> np.ndarray:
-        expected = (rows, *self.grid_shape)
-        if grid.shape != expected:
-            raise ValueError(f"token maps of shape {grid.shape} do not fit: expected {expected}")
-        return grid
-
     def _store(self, values: np.ndarray, what: str) -> np.ndarray:
         if values.dtype.kind != "f":
             raise ValueError(f"{what} are {values.dtype}, expected floats")
@@ -151,6 +145,12 @@ class SlideFeatureWriter:
         if stored.dtype != values.dtype and np.isinf(stored).sum() != np.isinf(values).sum():
             raise ValueError(f"{what} exceed the range of {self._dtype}; store them with dtype float32")
         return stored
+
+
+def _fit_grid(grid: np.ndarray, expected: tuple[int, ...]) -> np.ndarray:
+    if grid.shape != expected:
+        raise ValueError(f"token maps of shape {grid.shape} do not fit: expected {expected}")
+    return grid
 
 
 @contextlib.contextmanager

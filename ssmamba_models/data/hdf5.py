@@ -186,7 +186,7 @@ class RowWriter:
             start = len(dataset)
             dataset.resize(start + len(values), axis=0)
             dataset[start:] = values
-            self._sums[name] = zlib.crc32(np.ascontiguousarray(values), self._sums[name])
+            self._sums[name] = zlib.crc32(np.ascontiguousarray(values).data, self._sums[name])
 
     def verify(self, file: Any) -> None:
         """Compare a re-opened file with what was written.
@@ -198,7 +198,7 @@ class RowWriter:
             dataset = file[name]
             found = 0
             for start in range(0, len(dataset), self._step):
-                found = zlib.crc32(np.ascontiguousarray(dataset[start : start + self._step]), found)
+                found = zlib.crc32(np.ascontiguousarray(dataset[start : start + self._step]).data, found)
             if len(dataset) != self.count or found != expected:
                 raise OSError(f"{name} did not read back as written; the disk or the memory may be faulty")
 

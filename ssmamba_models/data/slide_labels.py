@@ -101,7 +101,7 @@ def check_slide_labels(found: Mapping[str, Mapping[str, str | None]], table: str
     Raises:
         ValueError: fewer than two classes, or a patient in two splits.
     """
-    classes = sorted({facts["label"] for facts in found.values()})
+    classes = sorted({label for facts in found.values() if (label := facts["label"]) is not None})
     if len(classes) < 2:
         raise ValueError(
             f"all slides in {os.fspath(table)!r} that have features are of class {classes[0]!r}; two are needed"

@@ -206,9 +206,9 @@ def collate_tiles(items: list[Tile]) -> TileBatch:
     Returns:
         The stacked images and, apart, what could not be read.
     """
-    good = [item for item in items if item.image is not None]
+    images = [item.image for item in items if item.image is not None]
     return TileBatch(
-        images=torch.stack([item.image for item in good]) if good else None,
-        indices=[item.index for item in good],
+        images=torch.stack(images) if images else None,
+        indices=[item.index for item in items if item.image is not None],
         unreadable=[(item.index, item.reason) for item in items if item.image is None],
     )

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ssmamba_models.data.batches import read_batches
 from ssmamba_models.data.hdf5 import require_h5py
 from ssmamba_models.data.tile_files import FeatureWriter, write_features
-from ssmamba_models.data.tiles import TileBatch, TileDataset, TileFolder, collate_tiles, find_tiles
+from ssmamba_models.data.tiles import TileDataset, TileFolder, collate_tiles, find_tiles
 from ssmamba_models.engine.encoder import Encoder, load_encoder, out_of_memory
 from ssmamba_models.output import check_output
 
@@ -181,7 +181,7 @@ def _embed_into(
     for batch in read_batches(loader, "decodes tiles"):
         unreadable += [(tiles.paths[index], reason) for index, reason in batch.unreadable]
         if batch.images is not None:
-            _embed_batch(writer, tiles, encoder, batch)
+            _embed_batch(writer, tiles, encoder, batch.images, batch.indices)
         bar.update(len(batch.indices) + len(batch.unreadable))
     if writer.count == 0:
         path, reason = unreadable[0]
@@ -192,17 +192,19 @@ def _embed_into(
     return unreadable
 
 
-def _embed_batch(writer: FeatureWriter, tiles: TileFolder, encoder: Encoder, batch: TileBatch) -> None:
+def _embed_batch(
+    writer: FeatureWriter, tiles: TileFolder, encoder: Encoder, images: torch.Tensor, indices: list[int]
+) -> None:
     try:
-        features = encoder.embed(batch.images)
+        features = encoder.embed(images)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         raise ValueError(
-            f"a batch of {len(batch.images)} tiles does not fit into the memory of {encoder.device}; "
+            f"a batch of {len(images)} tiles does not fit into the memory of {encoder.device}; "
             "use a smaller --batch-size"
         ) from error
-    paths = [tiles.paths[index] for index in batch.indices]
+    paths = [tiles.paths[index] for index in indices]
     finite = torch.isfinite(features).all(dim=1)
     if not finite.all():
         first = paths[int(finite.logical_not().nonzero()[0])]
@@ -210,5 +212,5 @@ def _embed_batch(writer: FeatureWriter, tiles: TileFolder, encoder: Encoder, bat
             f"{encoder.name} returns features that are not finite (first tile: {first}); "
             "check the weights, or run without --bf16"
         )
-    labels = [tiles.labels[index] for index in batch.indices] if tiles.labels is not None else None
+    labels = [tiles.labels[index] for index in indices] if tiles.labels is not None else None
     writer.append(features.numpy(), paths, labels)

@@ -69,7 +69,7 @@ def _hold_out(bags: Bags, train: np.ndarray, test: np.ndarray, config: MilConfig
 
 def _check_patients(bags: Bags, places: np.ndarray, least: int, otherwise: str) -> int:
     """The number of patients of the class that has the fewest."""
-    patients_of = {name: set() for name in bags.classes}
+    patients_of: dict[str, set[str]] = {name: set() for name in bags.classes}
     for place in places:
         patients_of[bags.bags[place].label].add(bags.bags[place].patient)
     rarest = min(patients_of, key=lambda name: len(patients_of[name]))

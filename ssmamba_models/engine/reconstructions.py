@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -31,7 +33,8 @@ def draw_reconstructions(module: nn.Module, batch: object) -> torch.Tensor:
     Returns:
         (3, height, width) float32 in 0..1, on the CPU.
     """
-    pictures = module.reconstruct(to_device(batch, next(module.parameters()).device))
+    reconstruct = cast("Callable[[object], dict[str, torch.Tensor]]", module.reconstruct)
+    pictures = reconstruct(to_device(batch, next(module.parameters()).device))
     columns = [pictures[name].float().cpu() for name in ("input", "masked", "predicted")]
     rows = torch.cat([_frame(column) for column in columns], dim=3)
     return torch.cat(list(rows), dim=1)

@@ -18,10 +18,11 @@ def seed_everything(seed: int) -> None:
 
 def rng_state(device: torch.device) -> dict[str, Any]:
     """The generators' states, of tensors, numbers, strings and tuples alone, so that `weights_only` reads them."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
+    keys, position = torch.from_numpy(numpy["state"]["key"].astype(np.int64)), numpy["state"]["pos"]
     state = {
         "torch": torch.get_rng_state(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "numpy": (numpy["bit_generator"], keys, position, numpy["has_gauss"], numpy["gauss"]),
         "python": random.getstate(),
     }
     if device.type == "cuda":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class SeededSlides(SeededData):
         return SlideTiles(features, _grid(bag, coords), SharedBags(self.reader, index) if bag.shared_bags else None)
 
 
-class SharedBags(Sequence):
+class SharedBags(Sequence[tuple[Tensor, Tensor]]):
     """A slide's bags of shared augmentation, each read when it is asked for.
 
     Args:
@@ -83,7 +83,15 @@ class SharedBags(Sequence):
     def __len__(self) -> int:
         return self.bag.shared_bags
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+    @overload
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[tuple[Tensor, Tensor]]: ...
+
+    def __getitem__(self, number: int | slice) -> tuple[Tensor, Tensor] | list[tuple[Tensor, Tensor]]:
+        if isinstance(number, slice):
+            return [self[place] for place in range(*number.indices(len(self)))]
         features, coords = self.reader.read_shared(self.place, number)
         check_finite(features, self.bag.slide)
         return torch.from_numpy(features).float(), _grid(self.bag, torch.from_numpy(coords))
@@ -91,4 +99,5 @@ class SharedBags(Sequence):
 
 def _grid(bag: Bag, coords: Tensor) -> Tensor:
     """Level-0 pixels to tiles, from which coordinates of any size are exact in float32."""
+    assert bag.patch_size_level0 is not None  # `open_bag` reads it
     return (coords.double() / bag.patch_size_level0).float()

@@ -100,8 +100,9 @@ def _read_pickle(path: Path) -> tuple[object, dict[str, str]]:
             "expected .safetensors, or a .pth that is whole and holds tensors alone"
         ) from error
     state = _unwrap(checkpoint)
-    named = isinstance(state, Mapping) and all(isinstance(name, str) for name in state)
-    return clean_state_dict(state) if named else None, {}
+    if isinstance(state, Mapping) and all(isinstance(name, str) for name in state):
+        return clean_state_dict(dict(state)), {}
+    return None, {}
 
 
 def _unwrap(checkpoint: object) -> object:
@@ -223,7 +224,12 @@ def _compare(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor])
 
 
 def _misfit(
-    model: nn.Module, state: Mapping[str, torch.Tensor], path: object, said: str, made: str, problems: list[str]
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    path: str | os.PathLike,
+    said: str,
+    made: str,
+    problems: list[str],
 ) -> str:
     width, own_width = _width(model, state), getattr(model, "num_features", None)
     origin = said or "another model"
@@ -261,6 +267,6 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """An exception in one line, for a message that names the cure."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

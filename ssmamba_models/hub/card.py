@@ -51,7 +51,7 @@ def make_card(facts: CardFacts, info: CardInfo) -> str:
         description=_describe(facts),
         origin=OURS if facts.ours else "",
         use=_use(facts),
-        method={"mamim": "MAMIM (masked image modelling, no labels)"}.get(method, method),
+        method="MAMIM (masked image modelling, no labels)" if method == "mamim" else method,
         seen="images",
         data=[("SHA-256 of the data's list of files", facts.metadata.get("data"))],
         model=_model_rows(facts, info),

@@ -49,7 +49,7 @@ def make_slide_card(facts: SlideCardFacts, info: CardInfo) -> str:
         description=_describe(facts),
         origin=_OURS if method in _METHODS else "",
         use=_use(facts),
-        method=_METHODS.get(method, method),
+        method=None if method is None else _METHODS.get(method, method),
         seen="slides",
         data=[
             ("slides", facts.metadata.get("slides")),

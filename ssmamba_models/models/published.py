@@ -169,7 +169,8 @@ def hub_file(repository: str, filename: str, cache_dir: str | os.PathLike | None
     if "@" in revision:
         raise ValueError(_no_name(repository))
     try:
-        return Path(hf_hub_download(name, filename, revision=revision or None, cache_dir=cache_dir))
+        cache = None if cache_dir is None else os.fspath(cache_dir)
+        return Path(hf_hub_download(name, filename, revision=revision or None, cache_dir=cache))
     except HFValidationError as error:
         raise ValueError(_no_name(repository)) from error
     except Exception as error:

@@ -62,6 +62,7 @@ def load_pama_checkpoint(path: str | os.PathLike, **kwargs: Any) -> PAMA:
     if known:
         raise ValueError(f"{known[0]} is read from {name}, where it is {arguments[known[0]]}; do not give it")
     encoder = create_slide_encoder("pama_base", **arguments, **kwargs)
+    assert isinstance(encoder, PAMA)
     ours = encoder.state_dict()
     wanted = {_published(key): value for key, value in ours.items()}
     check_fit(wanted, state, f"the weights in {name}", "pama", "is it one of the authors' code?")

@@ -132,8 +132,9 @@ class CLAM(TorchmilAggregator):
 
     def loss(self, output: Output, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
         bag = super().loss(output, labels, class_weights)
-        tiles = torch.stack([self._tile_loss(*pair, int(y)) for pair, y in zip(output["tiles"], labels)]).mean()
-        return self.bag_weight * bag + (1 - self.bag_weight) * tiles
+        pairs = zip(output["tiles"], labels)
+        losses = [self._tile_loss(scores, tiles, int(label)) for (scores, tiles), label in pairs]
+        return self.bag_weight * bag + (1 - self.bag_weight) * torch.stack(losses).mean()
 
     def _tile_loss(self, scores: Tensor, tiles: Tensor, label: int) -> Tensor:
         inside, _, _ = self.model.inst_eval(scores, tiles, self.model.inst_classifiers[label])
@@ -182,8 +183,9 @@ class DSMIL(TorchmilAggregator):
         return {"logits": logits, "attention": attention, "streams": (bag, best)}
 
     def loss(self, output: Output, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
-        streams = [torch.cat(stream) for stream in zip(*output["streams"])]
-        return sum(weighted_cross_entropy(stream, labels, class_weights) for stream in streams) / 2
+        bag, best = (torch.cat(stream) for stream in zip(*output["streams"]))
+        first, second = (weighted_cross_entropy(stream, labels, class_weights) for stream in (bag, best))
+        return (first + second) / 2
 
 
 class TransformerABMIL(TorchmilAggregator):

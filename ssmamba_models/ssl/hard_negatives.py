@@ -71,8 +71,8 @@ class BetaHardNegativeSampler(nn.Module):
         ranks = torch.minimum((places * reach[:, None]).long(), reach[:, None] - 1)
         rows = max(1, LARGEST_BLOCK // self.size)
         drawn = [
-            _at_ranks(*part, bank)
-            for part in zip(*(x.split(rows) for x in (queries, excluded, excluded_valid, ranks)))
+            _at_ranks(some, out, valid, at, bank)
+            for some, out, valid, at in zip(*(x.split(rows) for x in (queries, excluded, excluded_valid, ranks)))
         ]
         return torch.cat(drawn), (left > 0)[:, None]
 

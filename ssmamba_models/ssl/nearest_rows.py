@@ -32,17 +32,20 @@ def nearest_rows(queries: Tensor, bank: Tensor, count: int, block: int = LARGEST
         raise ValueError(f"the {count} nearest of {len(bank)} rows were asked for; expected from 1 to {len(bank)}")
     # A chunk smaller than what is kept would sort the same candidates again and again.
     width = max(block // max(len(queries), 1), 2 * count)
-    best = places = None
-    for start in range(0, len(bank), width):
-        similarity = queries @ bank[start : start + width].T
-        values, found = similarity.topk(min(count, similarity.shape[1]), dim=1)
-        found = found + start
-        if best is not None:
-            values, found = torch.cat([best, values], dim=1), torch.cat([places, found], dim=1)
-            values, chosen = values.topk(min(count, values.shape[1]), dim=1)
-            found = found.gather(1, chosen)
-        best, places = values, found
+    best, places = _most_alike(queries, bank[:width], count)
+    for start in range(width, len(bank), width):
+        values, found = _most_alike(queries, bank[start : start + width], count)
+        values, found = torch.cat([best, values], dim=1), torch.cat([places, found + start], dim=1)
+        best, chosen = values.topk(min(count, values.shape[1]), dim=1)
+        places = found.gather(1, chosen)
     return places
+
+
+def _most_alike(queries: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Inner products with the nearest of these rows, and where they are."""
+    similarity = queries @ rows.T
+    values, places = similarity.topk(min(count, len(rows)), dim=1)
+    return values, places
 
 
 def row_similarity(queries: Tensor, bank: Tensor, index: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class SpatialGuidedMultiCrop:
             views["crops"] = torch.stack(crops)
         return views
 
-    def _view(self, image: Image.Image, area: tuple[float, float], size: int, generator: torch.Generator) -> Tensor:
+    def _view(self, image: Image.Image, area: Sequence[float], size: int, generator: torch.Generator) -> Tensor:
         share, aspect, left, top, gray, flip, *colors = torch.rand(10, generator=generator).tolist()
         box = _crop(image.size, area[0] + share * (area[1] - area[0]), aspect, left, top)
         view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)

@@ -200,7 +200,8 @@ def _prepare(slide: Slide, task: PrepareTask) -> Prepared:
     if task.thumbnails is not None and task.contours is not None:
         contours = tissue_contours(mask)
         try:
-            _write_pictures(task, slide, overview, contours, grid)
+            folders = Path(task.thumbnails), Path(task.contours)
+            _write_pictures(task.slide.name, *folders, slide, overview, contours, grid)
         except OSError as error:
             raise OutputError.of(error, task.thumbnails) from error
     return Prepared(
@@ -217,10 +218,15 @@ def _prepare(slide: Slide, task: PrepareTask) -> Prepared:
 
 
 def _write_pictures(
-    task: PrepareTask, slide: Slide, overview: Overview, contours: list[Contour], grid: TileGrid
+    name: str,
+    thumbnails: Path,
+    outlines: Path,
+    slide: Slide,
+    overview: Overview,
+    contours: list[Contour],
+    grid: TileGrid,
 ) -> None:
     image, downsample = _thumbnail(slide, overview)
-    thumbnails, outlines, name = Path(task.thumbnails), Path(task.contours), task.slide.name
     write_thumbnail(thumbnails / f"{name}.png", draw_thumbnail(image, downsample, contours, grid), overwrite=True)
     write_thumbnail(outlines / f"{name}.png", draw_thumbnail(image, downsample, contours), overwrite=True)
     write_geojson(outlines / f"{name}.geojson", contours_geojson(contours), overwrite=True)

@@ -42,7 +42,8 @@ def draw_thumbnail(
 
 def _box(left: float, top: float, side: float, downsample: float) -> tuple[int, int, int, int]:
     # Neighbours share the line between them.
-    return tuple(round(edge / downsample) for edge in (left, top, left + side, top + side))
+    x0, y0, x1, y1 = (round(edge / downsample) for edge in (left, top, left + side, top + side))
+    return x0, y0, x1, y1
 
 
 def write_thumbnail(path: str | os.PathLike, picture: Image.Image, overwrite: bool = False) -> None:

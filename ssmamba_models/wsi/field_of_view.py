@@ -72,8 +72,8 @@ def find_field_of_view(
     fine = [level for level, downsample in enumerate(downsamples) if downsample <= scale * (1 + _LEVEL_TOLERANCE)]
     level = max(fine, default=0, key=downsamples.__getitem__)
     downsample = downsamples[level]
-    sizes = [_snapped(count * scale / downsample, count) for count in (width, height)]
-    return FieldOfView(left, top, level, downsample, *sizes, width, height)
+    across, down = (_snapped(count * scale / downsample, count) for count in (width, height))
+    return FieldOfView(left, top, level, downsample, across, down, width, height)
 
 
 def _snapped(size: float, count: int) -> float:

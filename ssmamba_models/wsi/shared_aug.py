@@ -79,8 +79,9 @@ def draw_augmentation(dice: np.random.Generator) -> SharedAugmentation:
 
 
 def _draw_crop(dice: np.random.Generator) -> tuple[float, float, float, float]:
+    low, high = map(math.log, _RATIO)
     for _ in range(_TRIES):
-        area, ratio = dice.uniform(*_AREA), math.exp(dice.uniform(*map(math.log, _RATIO)))
+        area, ratio = dice.uniform(*_AREA), math.exp(dice.uniform(low, high))
         width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
         if max(width, height) <= 1:
             return float(dice.uniform(0, 1 - width)), float(dice.uniform(0, 1 - height)), width, height

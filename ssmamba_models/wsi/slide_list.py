@@ -169,8 +169,9 @@ def parse_shard(text: str | None, environment: Mapping[str, str] = os.environ) -
 
 def _slurm_shard(environment: Mapping[str, str]) -> tuple[int, int] | None:
     names = {"ID": None, "COUNT": None, "MIN": "0", "STEP": "1"}
-    values = [environment.get(f"SLURM_ARRAY_TASK_{name}", default) for name, default in names.items()]
-    if None in values:
+    found = [environment.get(f"SLURM_ARRAY_TASK_{name}", default) for name, default in names.items()]
+    values = [value for value in found if value is not None]
+    if len(values) < len(found):
         return None
     try:
         task, count, least, step = map(int, values)

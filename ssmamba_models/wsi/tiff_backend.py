@@ -161,10 +161,11 @@ class TiffBackend:
     def _decode_block(self, level: TiffLevel, row: int, column: int) -> np.ndarray:
         across, down = (-(-size // block) for size, block in zip((level.width, level.height), level.block))
         parts = [self._decode(level, plane, (plane.index * down + row) * across + column) for plane in level.planes]
-        if any(part is None for part in parts):
+        written = [part for part in parts if part is not None]
+        if len(written) < len(parts):
             wide, high = level.block
             return np.broadcast_to(np.array(BACKGROUND, np.uint8), (high, wide, 3))
-        return samples_to_rgb(np.concatenate(parts, axis=2), level.keyframe)
+        return samples_to_rgb(np.concatenate(written, axis=2), level.keyframe)
 
     def _decode(self, level: TiffLevel, plane: Plane, segment: int) -> np.ndarray | None:
         """The samples (h, w, channels) of a strip or tile; None where it was never written."""

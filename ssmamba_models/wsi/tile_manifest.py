@@ -59,5 +59,5 @@ def write_manifest(path: Path, tiles: Mapping[str, Sequence[tuple[str, int, int]
         table = csv.writer(file)
         table.writerow((*COLUMNS, *columns))
         for slide in sorted(tiles):
-            facts = [labels[slide][name] for name in columns.values()]
+            facts = [] if labels is None else [labels[slide][name] for name in columns.values()]
             table.writerows((tile, slide, x, y, *facts) for tile, x, y in tiles[slide])

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from ssmamba_models._version import __version__
 from ssmamba_models.cli.checks.finding import Finding
@@ -92,7 +92,7 @@ def _core_findings(probe: Probe) -> list[Finding]:
     return findings
 
 
-def _results(probe: Probe, names: Sequence[str]) -> dict[str, dict]:
+def _results(probe: Probe, names: Iterable[str]) -> dict[str, dict]:
     results = {fact["name"]: fact for fact in probe.facts if "name" in fact}
     for name in names:
         # Without a result: the process ended in this import, or before it came to it.
