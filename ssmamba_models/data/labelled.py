@@ -179,7 +179,7 @@ def read_manifest(manifest: Path) -> LabelledTiles:
     splits = columns["split"] and tuple(map(_split_name, columns["split"]))
     tiles = LabelledTiles(root, paths, columns["label"], columns["group"], splits)
     tiles = tiles.subset(sorted(range(len(paths)), key=paths.__getitem__))
-    _check_groups(tiles)
+    _check_groups(tiles, manifest)
     return tiles
 
 
@@ -217,7 +217,7 @@ def _check_paths(root: Path, manifest: Path, paths: list[str]) -> None:
         )
 
 
-def _check_groups(tiles: LabelledTiles) -> None:
+def _check_groups(tiles: LabelledTiles, manifest: Path) -> None:
     if tiles.groups is None or tiles.splits is None:
         return
     split_of: dict[str, str] = {}
@@ -225,7 +225,7 @@ def _check_groups(tiles: LabelledTiles) -> None:
         if split_of.setdefault(group, split) != split:
             raise ValueError(
                 f"the group {group!r} is in two splits, {split_of[group]!r} and {split!r}: what is learned from it "
-                f"would be tested on it; move all of it to one split in {str(tiles.root / MANIFEST)!r}"
+                f"would be tested on it; move all of it to one split in {str(manifest)!r}"
             )
 
 

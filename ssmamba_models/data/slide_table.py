@@ -1,8 +1,9 @@
-"""A table (CSV) of what is known of slides, for files that do not say it: one row per slide, at least its mpp."""
+"""Tables (CSV) of what is known of slides, for files that do not say it: one row per slide, at least its mpp."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,47 @@ from ssmamba_models.data.tile_geometry import GEOMETRY, clean
 
 # The column's usual name is shorter than the attribute's.
 _COLUMNS = {"mpp": "level0_mpp", **{name: name for name in GEOMETRY if name != "name"}}
+_DOUBLE_SUFFIXES = (".ome",)
+
+
+def slide_name(path: str | os.PathLike) -> str:
+    """A slide's name: its file's name without the suffix (`case1.svs`, `case1.ome.tif` -> `case1`)."""
+    stem, inner = os.path.splitext(Path(path).stem)
+    # Dots are common in names (TCGA's among them), so only known double suffixes are taken off whole.
+    return stem if inner.lower() in _DOUBLE_SUFFIXES else stem + inner
+
+
+def read_slide_rows(
+    path: str | os.PathLike, columns: Sequence[str], expected: str
+) -> Iterator[tuple[str, Mapping[str, str], str]]:
+    """Read the rows of a table of slides.
+
+    Args:
+        path: a CSV file with the column `slide` and one or more of `columns`.
+        columns: the other columns to read; the first is named where there is none of them.
+        expected: what the table should be, for the message about missing columns.
+
+    Yields:
+        The slide as the row has it (a name or a file name), column -> cell of the `columns` that are there, without
+        blanks around, and where it stands, for messages.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no CSV, a column is missing, or a row names no slide.
+    """
+    titles, rows = read_csv_rows(Path(path), "slide")
+    places = column_places(Path(path), titles, ("slide", *columns))
+    missing = [] if any(name in places for name in columns) else [columns[0]]
+    missing += [] if "slide" in places else ["slide"]
+    if missing:
+        raise ValueError(f"{os.fspath(path)!r} has no column {' and no column '.join(missing)}; expected {expected}")
+    for line, fields in rows:
+        cells = {name: fields[place].strip() for name, place in places.items()}
+        where = f"{os.fspath(path)!r} line {line}"
+        slide = cells.pop("slide")
+        if not slide:
+            raise ValueError(f"{where}: no slide is named")
+        yield slide, cells, where
 
 
 def read_slide_table(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
@@ -28,25 +70,10 @@ def read_slide_table(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
         OSError: the file cannot be read.
         ValueError: it is no CSV, a column is missing, a number is wrong, or a slide has two rows that differ.
     """
-    titles, rows = read_csv_rows(Path(path), "slide")
-    places = column_places(Path(path), titles, ("slide", *_COLUMNS))
-    if "slide" not in places or len(places) < 2:
-        raise ValueError(
-            f"{os.fspath(path)!r} has the columns {', '.join(sorted(titles))}; expected slide and any of "
-            f"{', '.join(_COLUMNS)}"
-        )
     table: dict[str, dict[str, Any]] = {}
-    for line, fields in rows:
-        cells = {name: fields[place].strip() for name, place in places.items()}
-        where = f"{os.fspath(path)!r} line {line}"
-        facts = {_COLUMNS[name]: clean(_COLUMNS[name], cells[name], where) for name in _COLUMNS if cells.get(name)}
-        _enter(table, cells["slide"], facts, where)
+    for slide, cells, where in read_slide_rows(path, tuple(_COLUMNS), f"slide and any of {', '.join(_COLUMNS)}"):
+        facts = {_COLUMNS[name]: clean(_COLUMNS[name], cell, where) for name, cell in cells.items() if cell}
+        for name in (slide, slide_name(slide)):
+            if table.setdefault(name, facts) != facts:
+                raise ValueError(f"{where}: {slide!r} stands in two rows that differ; keep one")
     return table
-
-
-def _enter(table: dict[str, dict[str, Any]], slide: str, facts: dict[str, Any], where: str) -> None:
-    if not slide:
-        raise ValueError(f"{where}: no slide is named")
-    for name in {slide, Path(slide).stem.removesuffix(".ome")}:
-        if table.setdefault(name, facts) != facts:
-            raise ValueError(f"{where}: {slide!r} stands in two rows that differ; keep one")

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from ssmamba_models.engine.short_memory import out_of_memory
 from ssmamba_models.output import remove_unfinished, set_usual_mode, whole_file
 
 # What keeps a whole file from being read.
@@ -86,8 +88,9 @@ class Checkpoints:
                 _check_sums(path)
                 # weights_only: a checkpoint is data, and must not run code.
                 return torch.load(path, map_location="cpu", weights_only=True)
+            # Broken files make torch raise what its parts raise: KeyError, EOFError, zlib.error and others.
             except Exception as error:
-                if getattr(error, "errno", None) in _MACHINE or isinstance(error, MemoryError):
+                if getattr(error, "errno", None) in _MACHINE or out_of_memory(error):
                     raise  # the file may be whole: a run that went back would in time remove it
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 tell(f"the checkpoint {str(path)!r} is damaged ({reason}); going back to the one before")
@@ -142,10 +145,8 @@ def explained_writing(path: Path, size: int) -> Iterator[None]:
     """Turn what torch and safetensors raise when writing fails into an OSError that says what to do."""
     try:
         yield
-    except Exception as error:
-        # torch's and safetensors' writers hide the reason behind errors of their own.
-        if not isinstance(error, (OSError, RuntimeError)) and type(error).__name__ != "SafetensorError":
-            raise
+    # torch's and safetensors' writers hide the reason behind errors of their own.
+    except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(path.parent).free
         raise OSError(
             f"cannot write {str(path)!r} ({' '.join(str(error).split())[:200]}): it needs about {size / 1e6:.0f} MB, "

@@ -18,7 +18,8 @@ from ssmamba_models.data.batches import read_batches
 from ssmamba_models.data.hdf5 import require_h5py
 from ssmamba_models.data.tile_files import FeatureWriter, write_features
 from ssmamba_models.data.tiles import TileDataset, TileFolder, collate_tiles, find_tiles
-from ssmamba_models.engine.encoder import Encoder, load_encoder, out_of_memory
+from ssmamba_models.engine.encoder import Encoder, load_encoder
+from ssmamba_models.engine.short_memory import out_of_memory
 from ssmamba_models.output import check_output
 
 

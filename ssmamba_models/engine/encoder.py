@@ -171,11 +171,6 @@ def load_encoder(
     )
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch says that memory is short: on a CPU it has no class of error for that."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def check_model_name(model: str) -> None:
     """Find a timm name, or say what is like it; names with a source ("hf-hub:...") pass, timm resolves them.
 
@@ -233,6 +228,8 @@ def _create(model: str, pretrained: bool, img_size: int | None, seed: int, args:
             return timm.create_model(model, pretrained=pretrained, **{**args, **size, "num_classes": 0})
         except WeightsError:
             raise  # which names the repository and the cure
+        # The hub's client, whichever it builds on, readers of weights and what a stranger's config.json asks for each
+        # raise errors of their own.
         except Exception as error:
             if not pretrained and ":" not in model:
                 raise

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ssmamba_models.engine.checkpoints import plain_state, save_weights
@@ -94,9 +94,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError" and not isinstance(error, OSError):
-            raise
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{str(file)!r} is damaged, or no safetensors file ({error}); train again") from error
     if _FACTS not in metadata:
         raise ValueError(f"{str(file)!r} holds no trained aggregator; give a run folder of `ssmamba mil train`")

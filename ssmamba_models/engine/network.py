@@ -65,6 +65,7 @@ def _create(config: TrainConfig, num_classes: int, arguments: dict) -> nn.Module
         ) from error
     except WeightsError:
         raise  # which names the repository and the cure
+    # The hub's client, whichever it builds on, and readers of weights each raise errors of their own.
     except Exception as error:
         if not pretrained:
             raise

@@ -88,6 +88,7 @@ def _read_pickle(path: Path) -> tuple[object, dict[str, str]]:
         # timm's own training checkpoints carry their command line, a Namespace, which is data.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    # Broken files make torch raise what its parts raise: IndexError, OSError, BadZipFile and others.
     except Exception as error:
         # A file that may not be opened is named; one that is damaged makes torch seek before its beginning.
         if getattr(error, "filename", None) is not None:

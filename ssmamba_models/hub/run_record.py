@@ -44,6 +44,7 @@ def read_run(weights: Path) -> RunRecord:
 
     Raises:
         ValueError: config.yaml is not YAML.
+        OSError: a file that is there cannot be read.
     """
     if weights.name not in (RUN_WEIGHTS, WEIGHTS):
         return RunRecord()
@@ -75,9 +76,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         return {}
+    text = path.read_bytes()
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except Exception as error:  # as in engine/config.py
+        config = yaml.safe_load(text.decode("utf-8"))
+    # PyYAML raises much else than YAMLError: of "2001-99-99", "[[[[..." or "!!timestamp x".
+    except Exception as error:
         raise ValueError(f"the run's {str(path)!r} is not YAML ({' '.join(str(error).split())})") from error
     config = config if isinstance(config, dict) else {}
     return {key: _last_part(key, value) for key, value in config.items() if key not in _LOCAL}

@@ -62,6 +62,7 @@ def upload(
             commit = api.create_commit(
                 repo_id, operations, commit_message="Publish weights with ssmamba publish", revision=revision
             )
+    # The hub's client raises its own errors, ValueError, and those of requests or httpx, whichever it builds on.
     except Exception as error:
         raise OSError(_explain(error, repo_id, api.endpoint)) from error
     if public:

@@ -173,6 +173,7 @@ def hub_file(repository: str, filename: str, cache_dir: str | os.PathLike | None
         return Path(hf_hub_download(name, filename, revision=revision or None, cache_dir=cache))
     except HFValidationError as error:
         raise ValueError(_no_name(repository)) from error
+    # The hub's client raises its own errors, and those of requests or httpx, whichever it builds on.
     except Exception as error:
         raise _explain(error, name, revision, filename) from error
 

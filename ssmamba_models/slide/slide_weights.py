@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ssmamba_models._version import __version__
@@ -160,9 +161,7 @@ def load_weights(encoder: SlideEncoder, place: Place) -> None:
     _, weights = _files(place)
     try:
         state = load_file(weights)
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
+    except SafetensorError as error:
         raise ValueError(f"{str(weights)!r} is damaged, or no safetensors file ({error}); save it again") from error
     cure = "give the arguments that it was trained with"
     check_fit(encoder.state_dict(), state, f"the weights in {os.fspath(place)!r}", encoder.name, cure)

@@ -187,6 +187,7 @@ def serve() -> None:
             return
         try:
             answer = decoder.perform(task)
+        # Whatever it is, who asked shall hear it: this process goes on.
         except Exception as error:
             answer = _portable(error)
         try:
@@ -198,6 +199,7 @@ def serve() -> None:
 def _portable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
+    # An exception of any library may hold what cannot be sent, or be made of other arguments than it keeps.
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {one_line(error)}")
     return error

@@ -56,7 +56,7 @@ def _load(path: str | os.PathLike) -> tuple[Image.Image, list[PixelSize]]:
                 return to_rgb(image), stated
     except UnidentifiedImageError as error:
         raise NotASlideError(f"{name!r} is no picture that Pillow reads ({', '.join(_FORMATS)})") from error
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, MemoryError) as error:
         raise UnsupportedSlideError(
             f"{name!r} is too large to be decoded whole ({one_line(error)}); save it as a tiled, pyramidal TIFF "
             "(vips tiffsave --tile --pyramid)"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssmamba_models.data.csv_rows import column_places, read_csv_rows
+from ssmamba_models.data.slide_table import read_slide_rows, slide_name
 from ssmamba_models.wsi.errors import MissingMppError, UnsupportedSlideError
 
 # Microscope scans lie between 0.05 and 5 um/px; 10 um/px is 2540 dpi, beyond which resolution tags speak of
@@ -21,7 +21,6 @@ _SQUARE = 0.01
 # TIFF 6.0, tag 296 (ResolutionUnit); 1 means that the resolution tags only tell the aspect ratio.
 _MICRONS_PER_UNIT = {2: 25_400.0, 3: 10_000.0}
 
-_DOUBLE_SUFFIXES = (".ome",)
 _CURE = "give it with --mpp-override (mpp_override=...) or --mpp-csv"
 
 
@@ -117,13 +116,6 @@ def _rejected(stated: Sequence[PixelSize]) -> str:
     return f" ({size.source} would mean {size.x:g} x {size.y:g} um per pixel, which no slide scanner makes)"
 
 
-def slide_name(path: str | os.PathLike) -> str:
-    """A slide's name: its file's name without the suffix (`case1.svs`, `case1.ome.tif` -> `case1`)."""
-    stem, inner = os.path.splitext(Path(path).stem)
-    # Dots are common in names (TCGA's among them), so only known double suffixes are taken off whole.
-    return stem if inner.lower() in _DOUBLE_SUFFIXES else stem + inner
-
-
 def read_mpp_csv(path: str | os.PathLike) -> dict[str, float]:
     """Read a table of slides and their mpp.
 
@@ -137,30 +129,19 @@ def read_mpp_csv(path: str | os.PathLike) -> dict[str, float]:
         OSError: the file cannot be read.
         ValueError: it is no CSV, a column is missing, a number is wrong, or a slide has two.
     """
-    header, rows = read_csv_rows(Path(path), "slide")
-    columns = column_places(Path(path), header, ("slide", "mpp"))
-    missing = {"slide", "mpp"} - set(columns)
-    if missing:
-        raise ValueError(
-            f"{os.fspath(path)!r} has no column {' and no column '.join(sorted(missing))}; "
-            "expected a CSV whose first line is: slide,mpp"
-        )
     table: dict[str, float] = {}
-    for line, fields in rows:
-        slide, text = (fields[columns[name]].strip() for name in ("slide", "mpp"))
-        _enter(table, slide, text, f"{os.fspath(path)!r} line {line}")
+    for slide, cells, where in read_slide_rows(path, ("mpp",), "a CSV whose first line is: slide,mpp"):
+        mpp = _read_mpp(cells["mpp"], slide, where)
+        if table.setdefault(slide, mpp) != mpp:
+            raise ValueError(f"{where}: {slide!r} has two mpp, {table[slide]:g} and {mpp:g}; keep one")
     return table
 
 
-def _enter(table: dict[str, float], slide: str, text: str, where: str) -> None:
+def _read_mpp(text: str, slide: str, where: str) -> float:
     try:
-        mpp = check_mpp(float(text), "mpp")
+        return check_mpp(float(text), "mpp")
     except ValueError as error:
         raise ValueError(f"{where}: the mpp of {slide!r} is {text!r}, expected a number such as 0.25") from error
-    if not slide:
-        raise ValueError(f"{where}: no slide is named")
-    if table.setdefault(slide, mpp) != mpp:
-        raise ValueError(f"{where}: {slide!r} has two mpp, {table[slide]:g} and {mpp:g}; keep one")
 
 
 def find_mpp(table: Mapping[str, float], path: str | os.PathLike) -> float | None:

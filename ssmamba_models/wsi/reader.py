@@ -9,11 +9,12 @@ from types import TracebackType
 
 import numpy as np
 
+from ssmamba_models.data.slide_table import slide_name
 from ssmamba_models.wsi.backend import Backend
 from ssmamba_models.wsi.errors import EmptySlideError, NotASlideError
 from ssmamba_models.wsi.field_of_view import FieldOfView, find_field_of_view, resize_field
 from ssmamba_models.wsi.image_backend import ImageBackend
-from ssmamba_models.wsi.mpp import check_mpp, choose_mpp, slide_name
+from ssmamba_models.wsi.mpp import check_mpp, choose_mpp
 from ssmamba_models.wsi.openslide_backend import OpenSlideBackend, openslide_knows
 from ssmamba_models.wsi.overview import Overview, read_overview
 from ssmamba_models.wsi.tiff_backend import TiffBackend, is_ome_tiff

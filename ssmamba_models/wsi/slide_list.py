@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssmamba_models.data.slide_table import slide_name
 from ssmamba_models.locks import JOB_LOCK
-from ssmamba_models.wsi.mpp import find_mpp, slide_name
+from ssmamba_models.wsi.mpp import find_mpp
 
 # Files worth trying when a folder is searched; what a file is, its content decides.
 SLIDE_SUFFIXES = frozenset(

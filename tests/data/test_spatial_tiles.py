@@ -76,6 +76,12 @@ def test_bad_rows_are_named(write, header, rows, message):
         read_spatial_tiles(write(rows, header))
 
 
+def test_errors_name_the_csv_whatever_it_is_called(write):
+    folder = write(["a,0,0,p1,train", "a,1,0,p1,val"], "path,slide,x,y,group,split", "t.csv")
+    with pytest.raises(ValueError, match=r"group 'p1' is in two splits.*move all of it to one split in '.*t\.csv'"):
+        read_spatial_tiles(folder / "t.csv")
+
+
 @pytest.mark.parametrize(
     ("rows", "step"),
     [

@@ -73,6 +73,20 @@ def test_what_the_machine_refuses_to_read_is_not_damaged(checkpoints, monkeypatc
         checkpoints.load(pytest.fail)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_machine_short_of_memory_is_no_damage(checkpoints, monkeypatch, error):
+    """The run would go back, and in time remove the newest, which is whole."""
+    for step in (1, 2):
+        checkpoints.save(step, state(step))
+
+    def refuse(*arguments, **named):
+        raise error
+
+    monkeypatch.setattr("torch.load", refuse)
+    with pytest.raises(type(error)):
+        checkpoints.load(pytest.fail)
+
+
 def test_all_damaged(checkpoints):
     checkpoints.save(1, state(1)).write_bytes(b"damaged")
     with pytest.raises(ValueError, match="none of the 1 checkpoints"):

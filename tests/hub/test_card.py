@@ -1,5 +1,6 @@
 """Model cards: what is known is there, what is not is said to be unknown, and a machine can read it."""
 
+import errno
 import re
 
 import pytest
@@ -91,6 +92,17 @@ def test_no_folder_of_the_publisher_is_told(run, tmp_path):
     assert "/home/someone" not in card
     assert "cuda:3" not in card
     assert yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])["data"] == "tiles"
+
+
+def test_a_config_that_the_machine_does_not_read_is_not_called_damaged(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run")
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    with pytest.raises(PermissionError):
+        read_run(run / "weights.safetensors")
 
 
 def test_a_config_that_is_no_yaml_is_named(tmp_path):

@@ -11,6 +11,7 @@ from ssmamba_models.wsi.errors import (
     NotASlideError,
     SlideError,
     TruncatedSlideError,
+    UnsupportedSlideError,
 )
 from ssmamba_models.wsi.reader import open_slide
 from ssmamba_models.wsi.truncation import check_not_truncated, is_tiff
@@ -156,6 +157,18 @@ class TestOtherFormats:
             open_slide(path)
         with open_slide(path, 0.5) as slide:
             assert slide.backend == "pil"
+
+
+def test_a_picture_that_memory_does_not_hold_is_not_called_corrupt(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (50, 50)).save(path)
+
+    def run_out(image):
+        raise MemoryError
+
+    monkeypatch.setattr("ssmamba_models.wsi.image_backend.to_rgb", run_out)
+    with pytest.raises(UnsupportedSlideError, match=r"a\.png' is too large to be decoded whole \(MemoryError\)"):
+        open_slide(path, 0.5)
 
 
 def test_a_refused_slide_is_let_go(tmp_path, recwarn):

@@ -6,7 +6,7 @@ from PIL import Image
 from slide_files import blank, make_pyramid, tifffile
 
 from ssmamba_models.wsi.errors import MissingMppError, UnsupportedSlideError
-from ssmamba_models.wsi.mpp import find_mpp, read_mpp_csv, slide_name
+from ssmamba_models.wsi.mpp import find_mpp, read_mpp_csv
 from ssmamba_models.wsi.reader import open_slide
 
 BACKENDS = pytest.mark.parametrize("backend", ["openslide", "tifffile"])
@@ -153,11 +153,3 @@ class TestCsv:
         path.write_bytes(b"slide,mpp\n\xe9,0.5\n")
         with pytest.raises(ValueError, match=r"mpp\.csv' is not UTF-8"):
             read_mpp_csv(path)
-
-
-@pytest.mark.parametrize(
-    ("file", "name"),
-    [("a.svs", "a"), ("d/a.ome.tif", "a"), ("a.OME.TIFF", "a"), ("TCGA-1.F0.svs", "TCGA-1.F0"), ("a", "a")],
-)
-def test_names(file, name):
-    assert slide_name(file) == name

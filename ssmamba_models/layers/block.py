@@ -1,0 +1,116 @@
+"""The block of SSMamba: local perception, a directional scan and an MLP, one after the other."""
+
+# No `from __future__ import annotations`: TorchScript, which may script a graph of torch.fx that holds a block, knows
+# the class Tensor but not its name.
+from typing import Any
+
+import torch
+from timm.layers import DropPath, LayerNorm, Mlp, register_notrace_module
+from torch import Tensor, nn
+
+from ssmamba_models.layers.dms import DMS
+from ssmamba_models.layers.lpr import LPR
+from ssmamba_models.ops.bias_gelu import bias_gelu_
+
+INNER_ELEMENTS = 2**20  # of an MLP's inner activations at a time: 4 MB in float32
+
+
+@register_notrace_module  # one node for torch.fx: how it works depends on the tensor
+class Block(nn.Module):
+    """LPR, then DMS and MLP, each normalised first and added to its input.
+
+    In inference on a CPU large maps pass through all that treats each token alone in pieces that stay in the caches: as
+    whole maps, the inner activations cost page faults and memory traffic.
+
+    Args:
+        mlp_ratio: hidden width of the MLP over its width.
+        drop: dropout in the MLP. drop_path: stochastic depth rate of both branches.
+        scales, d_state, scan_init: see :class:`~ssmamba_models.layers.DMS`.
+
+    Shape: (B, H, W, C) and a hold mask (B, H, W) or None -> (B, H, W, C).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        scales: tuple[int, ...],
+        d_state: int = 1,
+        mlp_ratio: float = 4.0,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        scan_init: str = "silent",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.lpr = LPR(dim, **dd)
+        self.norm1 = LayerNorm(dim, **dd)
+        self.dms = DMS(dim, scales, d_state, scan_init=scan_init, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop, **dd)
+        self.piece = max(1, INNER_ELEMENTS // max(1, int(dim * mlp_ratio)))
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, hold: Tensor | None = None) -> Tensor:
+        x = self.lpr(x)
+        if not torch.jit.is_scripting() and self._in_pieces(x):
+            return self._forward_in_pieces(x, hold)
+        x = x + self.drop_path1(self.dms(self.norm1(x), hold))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+    @torch.jit.ignore
+    def _in_pieces(self, x: Tensor) -> bool:
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+            return False
+        # Under autocast the pieces' dtype would not be the map's.
+        if torch.is_autocast_enabled("cpu") or x[..., 0].numel() <= self.piece:
+            return False
+        # A hook expects the whole map.
+        return not any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+
+    @torch.jit.ignore
+    def _forward_in_pieces(self, x: Tensor, hold: Tensor | None) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        inner = torch.empty_like(tokens)
+        plain = self._is_plain(x)
+        for piece, result in zip(tokens.split(self.piece), inner.split(self.piece)):
+            if plain:
+                torch.mm(self.norm1(piece), self.dms.in_proj.weight.t(), out=result)
+            else:
+                result.copy_(self.dms.in_proj(self.norm1(piece)))
+        parts = self.dms.scan(inner.view(x.shape), hold)
+        parts = [part.reshape(-1, part.shape[-1]).split(self.piece) for part in parts]
+        for piece, *scanned in zip(tokens.split(self.piece), *parts):
+            normed = self.dms.norm(torch.cat(scanned, dim=-1))
+            if plain:
+                self._add_branches(piece, normed)
+            else:
+                piece += self.dms.out_proj(normed)
+                piece += self.mlp(self.norm2(piece))
+        return tokens.view(x.shape)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether the layers are those that __init__ made, in float32: not quantised, adapted or otherwise replaced."""
+        mlp = self.mlp
+        linears = (self.dms.in_proj, self.dms.out_proj, mlp.fc1, mlp.fc2)
+        return (
+            x.dtype == torch.float32
+            and all(type(layer) is nn.Linear and layer.weight.dtype == torch.float32 for layer in linears)
+            and [layer.bias is None for layer in linears] == [True, True, False, False]
+            and type(mlp) is Mlp
+            and type(mlp.norm) is nn.Identity
+            and type(mlp.act) is nn.GELU
+            and mlp.act.approximate == "none"
+        )
+
+    def _add_branches(self, tokens: Tensor, scanned: Tensor) -> None:
+        """Add both branches to `tokens`: as products that add to what is there, the bias and GELU in one pass."""
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        assert fc1.bias is not None  # as _is_plain has found
+        assert fc2.bias is not None
+        torch.addmm(tokens, scanned, self.dms.out_proj.weight.t(), out=tokens)
+        inner = bias_gelu_(torch.mm(self.norm2(tokens), fc1.weight.t()), fc1.bias)
+        tokens += fc2.bias
+        torch.addmm(tokens, inner, fc2.weight.t(), out=tokens)

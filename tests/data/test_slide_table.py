@@ -1,0 +1,39 @@
+"""Tables of slides: one reading of rows and names, whoever asks."""
+
+import pytest
+
+from ssmamba_models.data.slide_table import read_slide_table, slide_name
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("a.svs", "a"), ("d/a.ome.tif", "a"), ("a.OME.TIFF", "a"), ("TCGA-1.F0.svs", "TCGA-1.F0"), ("a", "a")],
+)
+def test_names(file, name):
+    assert slide_name(file) == name
+
+
+def write(tmp_path, text):
+    path = tmp_path / "slides.csv"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("file", ["a.svs", "a.ome.tif", "a.OME.TIFF"])
+def test_a_file_name_is_found_by_the_name_of_its_features(tmp_path, file):
+    table = read_slide_table(write(tmp_path, f"Slide,mpp,level0_width,note\n{file},0.25, 900,x\nb,,,\n"))
+    assert table == {file: {"level0_mpp": 0.25, "level0_width": 900}, "a": table[file], "b": {}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,other\na,1\n", "no column mpp and no column slide; expected slide and any of mpp, patch_size"),
+        ("name,target_mpp\na,1\n", "no column slide; expected slide and any of"),
+        ("slide,mpp\n,fast\n", "line 2: no slide is named"),
+        ("slide,mpp\na,1\na.tif,2\n", r"line 3: 'a\.tif' stands in two rows that differ"),
+    ],
+)
+def test_mistakes(tmp_path, text, message):
+    with pytest.raises(ValueError, match=rf"slides\.csv'.*{message}"):
+        read_slide_table(write(tmp_path, text))
