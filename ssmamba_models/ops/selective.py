@@ -33,6 +33,13 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
+    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., return_last_state: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def selective_scan(
     u: Tensor,
     delta: Tensor,
