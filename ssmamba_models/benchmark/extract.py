@@ -29,8 +29,9 @@ _SIDE, _KINDS = 512, 16
 _MPP = 0.5
 _MIB = 2**20
 
-# The model alone is timed before and after each run, for at least so long.
-_ALONE_SECONDS = 2.0
+# The model alone is timed before and after each run, for a quarter of what the run should take, within these bounds: the
+# speed of a shared machine varies by a fifth from one batch to the next, and a run is the mean of many.
+_LEAST_ALONE, _MOST_ALONE = 2.0, 15.0  # seconds
 
 # Memory is looked at so often.
 _SAMPLE_SECONDS = 0.05
@@ -117,7 +118,9 @@ def _measure(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RandomWeightsWarning)
         encoder = extraction.load()
-        alone = measure_speed(encoder, plan.batch_size, _ALONE_SECONDS)
+        seconds = plan.tiles / measure_speed(encoder, plan.batch_size, _LEAST_ALONE) / 4
+        seconds = min(max(seconds, _LEAST_ALONE), _MOST_ALONE)
+        alone = measure_speed(encoder, plan.batch_size, seconds)
         before = memory_mib()
         for number in range(plan.rounds):
             progress(f"round {number + 1} of {plan.rounds}")
@@ -126,7 +129,7 @@ def _measure(
             if not result.done:
                 reason = result.failed.get(slide.stem, "less than a speck of tissue; use more --tiles or larger ones")
                 raise ValueError(f"the synthetic slide gives no features ({reason})")
-            after = measure_speed(encoder, plan.batch_size, _ALONE_SECONDS)
+            after = measure_speed(encoder, plan.batch_size, seconds)
             rows.append(_row(result.timing, (alone + after) / 2, peak))
             alone = after
     return rows, before
@@ -165,7 +168,7 @@ def format_extract(report: dict) -> str:
         f"{settings['model']}, tiles of {settings['tile_size']} px in batches of {settings['batch_size']}, slide of "
         f"{slide['width']} x {slide['height']} px\n"
         f"{machine_line(report['machine'])}\n"
-        "alone: the model on one batch, before and after each round. peak: this process and those that read tiles."
+        "alone: the model on one batch, for a while before and after each round. peak: this process and those that read tiles."
     )
 
 
