@@ -29,8 +29,8 @@ _SIDE, _KINDS = 512, 16
 _MPP = 0.5
 _MIB = 2**20
 
-# The model alone is timed before and after each run, for a quarter of what the run should take, within these bounds: the
-# speed of a shared machine varies by a fifth from one batch to the next, and a run is the mean of many.
+# The model alone is timed before and after each run, for a quarter of what the run should take, within these bounds: a
+# shared machine's speed varies by a fifth from one batch to the next, and a run is the mean of many.
 _LEAST_ALONE, _MOST_ALONE = 2.0, 15.0  # seconds
 
 # Memory is looked at so often.
@@ -168,7 +168,8 @@ def format_extract(report: dict) -> str:
         f"{settings['model']}, tiles of {settings['tile_size']} px in batches of {settings['batch_size']}, slide of "
         f"{slide['width']} x {slide['height']} px\n"
         f"{machine_line(report['machine'])}\n"
-        "alone: the model on one batch, for a while before and after each round. peak: this process and those that read tiles."
+        "alone: the model on one batch, for a while before and after each round. peak: this process and those that read\n"
+        "tiles."
     )
 
 
