@@ -168,8 +168,7 @@ def format_extract(report: dict) -> str:
         f"{settings['model']}, tiles of {settings['tile_size']} px in batches of {settings['batch_size']}, slide of "
         f"{slide['width']} x {slide['height']} px\n"
         f"{machine_line(report['machine'])}\n"
-        "alone: the model on one batch, for a while before and after each round. peak: this process and those that read\n"
-        "tiles."
+        "alone: the model on one batch, before and after each round. peak: this process and those that read tiles."
     )
 
 
