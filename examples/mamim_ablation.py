@@ -69,6 +69,8 @@ def main():
     arguments = parser.parse_args()
     if not arguments.quick and not arguments.data:
         parser.error("give --data FOLDER, or --quick to look at synthetic tiles")
+    if "," in str(arguments.out):
+        parser.error("--out must not hold commas, which part the runs of a variant")
     names = arguments.only or list(RUNS)
     seeds = arguments.seeds or ([0] if arguments.quick else [0, 1, 2])
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,8 @@ def read_slide_table(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """
     table: dict[str, dict[str, Any]] = {}
     for slide, cells, where in read_slide_rows(path, tuple(_COLUMNS), f"slide and any of {', '.join(_COLUMNS)}"):
-        facts = {_COLUMNS[name]: clean(_COLUMNS[name], cell, where) for name, cell in cells.items() if cell}
+        # In the order of `_COLUMNS`, not of the file: of two names for one fact the later one counts.
+        facts = {_COLUMNS[name]: clean(_COLUMNS[name], cells[name], where) for name in _COLUMNS if cells.get(name)}
         for name in (slide, slide_name(slide)):
             if table.setdefault(name, facts) != facts:
                 raise ValueError(f"{where}: {slide!r} stands in two rows that differ; keep one")

@@ -90,8 +90,11 @@ class Checkpoints:
                 return torch.load(path, map_location="cpu", weights_only=True)
             # Broken files make torch raise what its parts raise: KeyError, EOFError, zlib.error and others.
             except Exception as error:
-                if getattr(error, "errno", None) in _MACHINE or out_of_memory(error):
-                    raise  # the file may be whole: a run that went back would in time remove it
+                # The file may be whole: a run that went back would in time remove it.
+                if out_of_memory(error):
+                    raise OSError(errno.ENOMEM, "the memory is too short to read it", str(path)) from error
+                if getattr(error, "errno", None) in _MACHINE:
+                    raise
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 tell(f"the checkpoint {str(path)!r} is damaged ({reason}); going back to the one before")
         if paths:

@@ -108,7 +108,7 @@ def parse_model(text: str, init: str = PRETRAINED) -> ModelChoice:
         init: what INIT is where the text names none.
 
     Raises:
-        ValueError: not of that form.
+        ValueError: not of that form, or several trainings of which one is empty, "pretrained" or "none".
     """
     label, name, own = _split(text)
     if not name or own == "" or label == "" or (label and not _LABEL.fullmatch(label)):
@@ -116,8 +116,15 @@ def parse_model(text: str, init: str = PRETRAINED) -> ModelChoice:
             f"the model {text!r} is not of the form [LABEL=]NAME[@INIT], such as mamim=ssmamba_tiny@runs/mamim; a "
             "label has letters, digits and . _ + -"
         )
-    chosen = PRETRAINED if ":" in name else (own or init)
-    return ModelChoice(label or _default_label(name, own), name, chosen)
+    choice = ModelChoice(label or _default_label(name, own), name, PRETRAINED if ":" in name else (own or init))
+    if any(not run.strip() for run in choice.runs):
+        raise ValueError(f"the model {text!r} has an empty place between commas; expected a training in each")
+    if len(choice.runs) > 1 and {PRETRAINED, RANDOM} & set(choice.runs):
+        raise ValueError(
+            f"the model {text!r} has {PRETRAINED} or {RANDOM} among several trainings; expected run folders or weight "
+            f"files alone, or {PRETRAINED} or {RANDOM} alone"
+        )
+    return choice
 
 
 def _split(text: str) -> tuple[str | None, str, str | None]:
@@ -131,7 +138,8 @@ def _split(text: str) -> tuple[str | None, str, str | None]:
 
 
 def _default_label(name: str, init: str | None) -> str:
-    text = name if init is None else f"{name}-{init.rstrip('/').split('/')[-1]}"
+    # Of several trainings the first names them.
+    text = name if init is None else f"{name}-{init.split(',')[0].rstrip('/').split('/')[-1]}"
     return re.sub(r"[^\w.+-]+", "_", text)
 
 

@@ -173,7 +173,9 @@ def _notes(evaluated: Evaluated) -> list[str]:
     if "folds" in kinds:
         notes.append("seeds differ in how groups are dealt to the folds")
     if evaluated.settings.seeds > 1:
-        notes.append("seeds differ in the few-shot episodes, and in the weights of encoders with random ones")
+        notes.append(
+            "seeds differ in the few-shot episodes, and in the weights of encoders with random ones or a training for each"
+        )
     for task in evaluated.tasks:
         if task.resampling.count < _FEW_GROUPS:
             count = task.resampling.count

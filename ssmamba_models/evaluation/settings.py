@@ -14,7 +14,8 @@ class Settings:
 
     Attributes:
         folds: group-wise folds, where the tiles have no splits.
-        seeds: how often what is random is drawn: training groups or folds, few-shot episodes, random weights.
+        seeds: how often what is random is drawn: training groups or folds, few-shot episodes, random weights, and
+            which of a model's several trainings is taken.
         neighbours: k of kNN.
         episodes: few-shot episodes for each seed and number of shots.
         draws: bootstrap draws.

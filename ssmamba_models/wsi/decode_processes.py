@@ -24,6 +24,8 @@ from ssmamba_models.wsi.errors import one_line
 _TRIES = 2
 
 _START = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us too; who asked decides when we end
 import sys
 sys.path[:] = {path!r}
 import importlib.abc
@@ -171,13 +173,11 @@ class _Process:
 
 def serve() -> None:
     """Perform the tasks that come through standard input, until it ends (the main of a decoding process)."""
-    # Ctrl-C reaches the whole group; who asked for the tiles decides when we end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     # What a library prints must not get between the answers.
     os.dup2(2, 1)
-    # Half a second that the first slide's tissue would wait for; where it is missing, that slide tells.
-    with contextlib.suppress(ImportError):
+    # Half a second that the first slide's tissue would wait for; where it is missing or broken, that slide tells.
+    with contextlib.suppress(Exception):
         import scipy.ndimage  # noqa: F401
     decoder = Decoder()
     while True:

@@ -37,3 +37,8 @@ def test_a_file_name_is_found_by_the_name_of_its_features(tmp_path, file):
 def test_mistakes(tmp_path, text, message):
     with pytest.raises(ValueError, match=rf"slides\.csv'.*{message}"):
         read_slide_table(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("text", ["slide,level0_mpp,mpp\na,0.25,0.5\n", "slide,mpp,level0_mpp\na,0.5,0.25\n"])
+def test_of_two_names_for_one_fact_the_order_of_columns_decides_nothing(tmp_path, text):
+    assert read_slide_table(write(tmp_path, text)) == {"a": {"level0_mpp": 0.25}}

@@ -71,6 +71,14 @@ def test_several_trainings_are_one_for_each_seed(tmp_path):
         choice.check_seeds(3)
 
 
+@pytest.mark.parametrize(
+    ("init", "text"), [("a,", "an empty place"), ("a, ,b", "an empty place"), ("a,none", "none among several")]
+)
+def test_what_cannot_be_several_trainings(init, text):
+    with pytest.raises(ValueError, match=text):
+        parse_model(f"test_ssmamba@{init}")
+
+
 def test_a_path_may_hold_commas(tmp_path):
     expected = save_weights(tmp_path / "lr 1,5", 3)
     choice = parse_model(f"x=test_ssmamba@{tmp_path / 'lr 1,5'}")
