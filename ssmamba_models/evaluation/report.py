@@ -174,7 +174,7 @@ def _notes(evaluated: Evaluated) -> list[str]:
         notes.append("seeds differ in how groups are dealt to the folds")
     if evaluated.settings.seeds > 1:
         notes.append(
-            "seeds differ in the few-shot episodes, and in the weights of encoders with random ones or a training for each"
+            "seeds differ in the few-shot episodes, and in the weights of encoders with random ones or several runs"
         )
     for task in evaluated.tasks:
         if task.resampling.count < _FEW_GROUPS:
