@@ -23,21 +23,24 @@ _INPUTS = (
 def selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
     delta_bias: Tensor | None = ..., delta_softplus: bool = ..., return_last_state: Literal[False] = ...,
-) -> Tensor: ...
+) -> Tensor:
+    """y (B, D, L) alone."""
 
 
 @overload
 def selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
     delta_bias: Tensor | None = ..., delta_softplus: bool = ..., *, return_last_state: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+) -> tuple[Tensor, Tensor]:
+    """y (B, D, L) and the last state (B, D, N)."""
 
 
 @overload
 def selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
     delta_bias: Tensor | None = ..., delta_softplus: bool = ..., return_last_state: bool = ...,
-) -> Tensor | tuple[Tensor, Tensor]: ...
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Either of these, where the flag is known at run time only."""
 
 
 def selective_scan(
