@@ -130,7 +130,7 @@ def test_forcing_torch_warns_of_nothing(no_kernels, monkeypatch):
     monkeypatch.setenv("SSMAMBA_BACKEND", "torch")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ops.causal_conv1d(**MAKERS["causal_conv1d"](length=5))
+        assert_close_to_truth("causal_conv1d", MAKERS["causal_conv1d"](length=5))
 
 
 def test_float64_warns_of_nothing(without_memory, monkeypatch):
@@ -140,7 +140,9 @@ def test_float64_warns_of_nothing(without_memory, monkeypatch):
         pytest.skip("the C kernels are not built here")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ops.causal_conv1d(**MAKERS["causal_conv1d"](length=5, dtype=torch.float64))
+        inputs = MAKERS["causal_conv1d"](length=5, dtype=torch.float64)
+        assert_close_to_truth("causal_conv1d", inputs)
+    assert dispatch.select("causal_conv1d", inputs["x"]) is dispatch.BACKENDS["torch"].load()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a library"])
