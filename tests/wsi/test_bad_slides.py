@@ -109,7 +109,12 @@ class TestTruncated:
             check_not_truncated(path)
 
     def test_missing_tiles_are_not_missing_bytes(self, tmp_path):
-        check_not_truncated(make_pyramid(tmp_path / "a.tif", (900, 700), 0.5, missing={(0, 1), (2, 3)}))
+        path = make_pyramid(tmp_path / "a.tif", (900, 700), 0.5, missing={(0, 1), (2, 3)})
+        with tifffile.TiffFile(path) as file:
+            assert file.pages[0].databytecounts.count(0) == 2
+        check_not_truncated(path)
+        with pytest.raises(TruncatedSlideError):
+            check_not_truncated(truncate(path, 0.9))
 
     @pytest.mark.parametrize(("suffix", "save"), [(".png", {}), (".jpg", {}), (".bmp", {})])
     def test_pictures(self, tmp_path, suffix, save):
@@ -128,6 +133,8 @@ class TestTruncated:
         data[start : start + 4] = first.to_bytes(4, "little")
         path.write_bytes(data)
         check_not_truncated(path)
+        with pytest.raises(TruncatedSlideError):
+            check_not_truncated(truncate(path, 0.9))
 
 
 class TestOtherFormats:
