@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from ssmamba_models.evaluation.tasks import Task
 # With a split from the manifest a seed leaves out a tenth of the training groups: enough to see how much the figures
 # hang on them, little enough to keep the figures those of the whole training set.
 TRAIN_SHARE = 0.9
+
+Noun = Literal["tile", "slide"]
+_SPLITS_OF: dict[Noun, str] = {"tile": "the manifest's column 'split'", "slide": "the labels' column 'split'"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Protocol:
 
 
 def make_protocol(
-    tiles: LabelledTiles, task: Task, folds: int = 5, seeds: int = 3, noun: str = "tile"
+    tiles: LabelledTiles, task: Task, folds: int = 5, seeds: int = 3, noun: Noun = "tile"
 ) -> Protocol:
     """Choose the folds of a task.
 
@@ -57,7 +61,7 @@ def make_protocol(
         task: tiles of other classes are left out.
         folds: number of folds where there are no splits, at least 2.
         seeds: number of seeds, at least 1.
-        noun: what a tile is called where it is something else.
+        noun: what is divided, for messages.
 
     Returns:
         The folds; places refer to `tiles`.
@@ -77,7 +81,7 @@ def _of_task(tiles: LabelledTiles, task: Task) -> np.ndarray:
     return np.flatnonzero(np.isin(np.asarray(tiles.labels), task.classes))
 
 
-def _from_splits(tiles: LabelledTiles, task: Task, seeds: int, noun: str) -> Protocol:
+def _from_splits(tiles: LabelledTiles, task: Task, seeds: int, noun: Noun) -> Protocol:
     splits = np.asarray(tiles.splits)
     there = sorted(set(tiles.splits or ()))
     test_split = next((name for name in ("test", "val") if name in there), None)
@@ -92,7 +96,7 @@ def _from_splits(tiles: LabelledTiles, task: Task, seeds: int, noun: str) -> Pro
     return Protocol("split", tuple((Fold(part, test),) for part in _training_parts(tiles, train, seeds)), test_split)
 
 
-def _check_every_class(tiles: LabelledTiles, task: Task, places: np.ndarray, split: str, noun: str) -> None:
+def _check_every_class(tiles: LabelledTiles, task: Task, places: np.ndarray, split: str, noun: Noun) -> None:
     labels = tiles.known_labels
     for name in task.classes:
         if not any(labels[place] == name for place in places):
@@ -109,7 +113,7 @@ def _training_parts(tiles: LabelledTiles, train: np.ndarray, seeds: int) -> list
     return [train[group_fraction(subset, TRAIN_SHARE, seed)] for seed in range(seeds)]
 
 
-def _from_groups(tiles: LabelledTiles, task: Task, folds: int, seeds: int, noun: str) -> Protocol:
+def _from_groups(tiles: LabelledTiles, task: Task, folds: int, seeds: int, noun: Noun) -> Protocol:
     from sklearn.model_selection import StratifiedGroupKFold
 
     places = _of_task(tiles, task)
@@ -130,16 +134,19 @@ def _from_groups(tiles: LabelledTiles, task: Task, folds: int, seeds: int, noun:
             warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
             parts = [Fold(places[train], places[test]) for train, test in splitter.split(places, labels, groups)]
         drawn.append(tuple(part for part in parts if len(part.test)))
-    _check_training(tiles, task, drawn, noun)
+    _check_training(tiles, task, drawn, folds, noun)
     return Protocol("folds", tuple(drawn))
 
 
-def _check_training(tiles: LabelledTiles, task: Task, drawn: list[tuple[Fold, ...]], noun: str) -> None:
+def _check_training(
+    tiles: LabelledTiles, task: Task, drawn: list[tuple[Fold, ...]], folds: int, noun: Noun
+) -> None:
     labels = np.asarray(tiles.labels)
     for fold in (fold for parts in drawn for fold in parts):
         missing = set(task.classes) - set(labels[fold.train])
         if missing:
             raise ValueError(
                 f"task {task.name!r}: a fold has no training {noun} of class {min(missing)!r}, since groups hold "
-                "several classes; use fewer --folds, or name the splits in the manifest"
+                f"several classes; {'use fewer --folds' if folds > 2 else f'add {noun}s of other groups'}, or name "
+                f"the splits in {_SPLITS_OF[noun]}"
             )

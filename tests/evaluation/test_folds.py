@@ -89,6 +89,15 @@ def test_what_cannot_be_divided(tiles, said):
         make_protocol(tiles, TASK)
 
 
+@pytest.mark.parametrize(
+    ("noun", "place"), [("tile", "the manifest's column 'split'"), ("slide", "the labels' column 'split'")]
+)
+def test_groups_of_several_classes_name_a_cure_that_there_is(noun, place):
+    """Both groups of class b in one fold: two folds are the fewest, and a table of slides is no manifest."""
+    with pytest.raises(ValueError, match=rf"no training {noun} of class 'b'.*; add {noun}s of other.* in {place}$"):
+        make_protocol(named_tiles("bbaa", "2312"), TASK, folds=2, seeds=1, noun=noun)
+
+
 def test_numbers_out_of_range():
     with pytest.raises(ValueError, match="folds is 1 and seeds 3"):
         make_protocol(named_tiles("abab"), TASK, folds=1)
