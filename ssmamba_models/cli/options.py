@@ -30,9 +30,9 @@ def json_option(command: Callable) -> Callable:
 
 
 def pool_option(command: Callable) -> Callable:
-    """--pool, as `pool`: how an encoder's last map becomes a vector."""
-    text = "Features: model: its own head's; mean_std: mean and deviation of its last map, twice as wide."
-    return click.option("--pool", type=click.Choice(POOLS), default="model", show_default=True, help=text)(command)
+    """--pool, as `pool`: how an encoder's last maps become a vector."""
+    text = "Features: model: its own head's; mean_std: mean and deviation of its last map; mean_std_last2: of two."
+    return click.option("--pool", type=click.Choice([*POOLS]), default="model", show_default=True, help=text)(command)
 
 
 def check_json(path: Path | None) -> None:

@@ -122,7 +122,8 @@ def load_encoder(
             trained at, where the file says one, else the model's own.
         seed: makes random weights the same in each run; unused where weights are loaded.
         pool: "model" takes what the model's head gives; "mean_std" the mean of its last map and how much that varies
-            over the tile, twice as wide (see `engine.feature_pool.pool_features`).
+            over the tile, twice as wide; "mean_std_last2" that of its last two maps (see
+            `engine.feature_pool.pool_features`).
 
     Returns:
         The encoder.

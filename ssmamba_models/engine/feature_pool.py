@@ -1,16 +1,16 @@
-"""How the map of an encoder becomes one vector: as the model does, or with how much the map varies over the tile."""
+"""How the maps of an encoder become one vector: as the model does, or with how much they vary over the tile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# "model": what the model's own head gives. "mean_std": see `pool_features`.
-POOLS = ("model", "mean_std")
+# How many of the last maps a pool takes. "model": what the model's own head gives. The others: see `pool_features`.
+POOLS = {"model": 1, "mean_std": 1, "mean_std_last2": 2}
 
 
 def check_pool(pool: str) -> None:
@@ -25,7 +25,9 @@ def pool_features(model: nn.Module, images: Tensor, pool: str) -> Tensor:
     "mean_std" puts two vectors side by side: the mean of the last map over the tile, and its standard deviation, each
     normalised over its channels (LayerNorm without weights), so that neither drowns the other. A mean alone says how
     much there is of something, not whether it lies evenly or in places: on LC25000's colon tiles a linear probe of
-    `ssmamba_tiny` reached 0.90 with it and 0.98 with both.
+    `ssmamba_tiny` reached 0.90 with it and 0.98 with both. "mean_std_last2" puts those of the map before the last in
+    front: its places are finer, and between folds of LC25000's train split a linear probe of `ssmamba_small` rose from
+    0.898 to 0.913 on lung and from 0.929 to 0.950 on colon.
 
     Args:
         model: a timm encoder without classifier, in eval mode; its `forward_features` gives a map, channels first or
@@ -34,34 +36,58 @@ def pool_features(model: nn.Module, images: Tensor, pool: str) -> Tensor:
         pool: one of `POOLS`.
 
     Returns:
-        (B, D), D = 2 C for "mean_std" of a map of C channels.
+        (B, D): D = 2 C for "mean_std" of a map of C channels, 2 (C' + C) for "mean_std_last2" where the map before has
+        C' channels (that of the stage before in a model of stages, of the block before in a transformer).
 
     Raises:
-        ValueError: pool is not one of `POOLS`, or the model gives neither a map nor tokens.
+        ValueError: pool is not one of `POOLS`, or the model gives not the maps or tokens that it needs.
     """
     check_pool(pool)
     if pool == "model":
         return model(images)
-    # nn.Module says that its attributes are tensors or modules.
-    forward_features = cast(Callable[[Tensor], Tensor], model.forward_features)
-    return pool_mean_std(model, forward_features(images))
+    if POOLS[pool] == 1:
+        # nn.Module says that its attributes are tensors or modules.
+        forward_features = cast(Callable[[Tensor], Tensor], model.forward_features)
+        return pool_maps(model, forward_features(images), (), pool)
+    return pool_maps(model, *last_maps(model, images, POOLS[pool]), pool)
 
 
-def pool_mean_std(model: nn.Module, features: Tensor) -> Tensor:
-    """"mean_std" of what `model.forward_features` gave (see `pool_features`). Shape: its map or tokens -> (B, 2 C)."""
-    places = _places(model, features).float()
+def last_maps(model: nn.Module, images: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:
+    """What `model.forward_features` gives of (B, 3, H, W), and the last `count` maps (B, C, h, w).
+
+    Raises:
+        ValueError: the model gives no intermediate maps, or fewer.
+    """
+    if not hasattr(model, "forward_intermediates"):
+        name = type(model).__name__
+        raise ValueError(f"{name} has no intermediate maps (forward_intermediates); use --pool mean_std")
+    forward_intermediates = cast(Callable[..., tuple[Tensor, list[Tensor]]], model.forward_intermediates)
+    return forward_intermediates(images, indices=count, norm=True, output_fmt="NCHW")
+
+
+def pool_maps(model: nn.Module, last: Tensor, maps: Sequence[Tensor], pool: str) -> Tensor:
+    """Features from what `last_maps` gave; shapes, errors and `pool` as there and in `pool_features`. The last map is
+    taken from `last`, so `maps` may be empty where the pool needs no other."""
+    if pool == "model":
+        return cast(Callable[[Tensor], Tensor], model.forward_head)(last)
+    earlier = [spatial.flatten(2).transpose(1, 2) for spatial in maps[-POOLS[pool] : -1]]
+    return torch.cat([_mean_std(places.float()) for places in (*earlier, _places(model, last))], dim=-1)
+
+
+def _mean_std(places: Tensor) -> Tensor:
+    """(B, N, C) -> (B, 2 C), see `pool_features`."""
     spread, mean = torch.std_mean(places, dim=1, correction=0)
     width = mean.shape[-1:]
     return torch.cat([F.layer_norm(mean, width), F.layer_norm(spread, width)], dim=-1)
 
 
 def _places(model: nn.Module, features: Tensor) -> Tensor:
-    """(B, N, C): the features of every place."""
+    """(B, N, C) float32: the features of every place."""
     if isinstance(features, Tensor) and features.ndim == 4:
         channels_last = str(getattr(model, "output_fmt", "NCHW")) == "NHWC"
-        return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+        return (features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)).float()
     if isinstance(features, Tensor) and features.ndim == 3:
-        return features[:, getattr(model, "num_prefix_tokens", 0) :]
+        return features[:, getattr(model, "num_prefix_tokens", 0) :].float()
     what = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
     raise ValueError(
         f"{type(model).__name__}.forward_features gives {what}, which has no places to pool; use --pool model"

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ssmamba_models.engine.encoder import Encoder
-from ssmamba_models.engine.feature_pool import pool_features, pool_mean_std
+from ssmamba_models.engine.feature_pool import POOLS, last_maps, pool_features, pool_maps
 from ssmamba_models.engine.short_memory import out_of_memory
 from ssmamba_models.wsi.shared_aug import SharedAugmentation
 
@@ -99,11 +99,10 @@ class TileEncoder:
             return pool_features(model, images, pool), None
         if not hasattr(model, "forward_intermediates"):
             raise ValueError(f"{self.encoder.name} has no token maps (forward_intermediates); leave --grid out")
-        last, maps = model.forward_intermediates(images, indices=1, norm=True, output_fmt="NCHW")
+        last, maps = last_maps(model, images, POOLS[pool])
         if maps[-1].ndim != 4:
             raise ValueError(f"{self.encoder.name} returns no two-dimensional maps; leave --grid out")
-        features = model.forward_head(last) if pool == "model" else pool_mean_std(model, last)
-        return features, maps[-1].permute(0, 2, 3, 1)
+        return pool_maps(model, last, maps, pool), maps[-1].permute(0, 2, 3, 1)
 
     @staticmethod
     def finish(started: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[np.ndarray, np.ndarray | None]:

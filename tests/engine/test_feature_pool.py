@@ -36,11 +36,25 @@ def test_mean_and_deviation_of_what_the_intermediates_show(name):
     torch.testing.assert_close(pool_features(model, images, "model"), model(images))
 
 
-def test_an_encoder_tells_its_pool_where_it_is_not_the_models():
-    plain, pooled = (load_encoder("test_ssmamba", pool=pool) for pool in ("model", "mean_std"))
-    assert pooled.embed_dim == 2 * plain.embed_dim
+@pytest.mark.parametrize("name", ["test_ssmamba", "test_resnet", "test_vit", "test_efficientnet"])
+@torch.inference_mode()
+def test_the_map_before_the_last_stands_in_front(name):
+    model = timm.create_model(name, num_classes=0).eval()
+    images = torch.randn(2, 3, *model.pretrained_cfg["input_size"][1:])
+    before = model.forward_intermediates(images, norm=True, output_fmt="NCHW", intermediates_only=True)[-2].flatten(2)
+    found = pool_features(model, images, "mean_std_last2")
+    wanted = torch.cat([standardised(before.mean(2)), standardised(before.std(2, correction=0))], 1)
+    torch.testing.assert_close(found[:, : wanted.shape[1]], wanted, rtol=1e-4, atol=1e-4)
+    last = pool_features(model, images, "mean_std")
+    torch.testing.assert_close(found[:, wanted.shape[1] :], last, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("pool", "width"), [("mean_std", 96), ("mean_std_last2", 160)])
+def test_an_encoder_tells_its_pool_where_it_is_not_the_models(pool, width):
+    plain, pooled = (load_encoder("test_ssmamba", pool=pool) for pool in ("model", pool))
+    assert pooled.embed_dim == width
     assert pooled.embed(torch.randn(3, 3, 64, 64)).shape == (3, pooled.embed_dim)
-    assert pooled.provenance() == {**plain.provenance(), "pool": "mean_std"}
+    assert pooled.provenance() == {**plain.provenance(), "pool": pool}
 
 
 def test_unknown_pools_and_models_without_places_are_named():
@@ -53,6 +67,8 @@ def test_unknown_pools_and_models_without_places_are_named():
 
     with pytest.raises(ValueError, match=r"Flat\.forward_features gives \(1, 3\), which has no places"):
         pool_features(Flat(), torch.zeros(1, 3, 8, 8), "mean_std")
+    with pytest.raises(ValueError, match=r"Flat has no intermediate maps .*; use --pool mean_std"):
+        pool_features(Flat(), torch.zeros(1, 3, 8, 8), "mean_std_last2")
 
 
 def test_embed_and_evaluate_take_it(tmp_path):

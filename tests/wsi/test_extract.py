@@ -106,7 +106,7 @@ class TestOutputs:
         np.testing.assert_allclose(pooled, single.features, rtol=1e-2, atol=1e-2)
 
     @pytest.mark.parametrize("model", ["test_ssmamba", "test_vit", "test_resnet"])
-    @pytest.mark.parametrize("pool", ["model", "mean_std"])
+    @pytest.mark.parametrize("pool", ["model", "mean_std", "mean_std_last2"])
     def test_features_do_not_depend_on_token_maps(self, model, pool):
         encoder = load_encoder(model, pool=pool)
         side = encoder.data_config["input_size"][1]
