@@ -22,17 +22,18 @@ from ssmamba_models.engine.process_memory import keep_large_blocks
 MIB = 2**20
 
 
-def measure_peak_mib(spec: StepSpec) -> float:
+def measure_peak_mib(spec: StepSpec, *, kept: bool = False) -> float:
     """MiB of memory that the first step of `spec` adds at its peak; for training with gradients and moments.
 
-    On CUDA the caching allocator counts, in this process; on a CPU a process of its own does.
+    On CUDA the caching allocator counts, in this process; on a CPU a process of its own does, which keeps large freed
+    blocks where `kept` says so (engine.process_memory).
 
     Raises:
         RuntimeError: if the process fails; its last line of output says why.
     """
     if torch.device(spec.device).type == "cuda":
         return _peak_on_cuda(spec)
-    command = [sys.executable, "-m", "ssmamba_models.benchmark.memory", json.dumps(spec.as_dict())]
+    command = [sys.executable, "-m", "ssmamba_models.benchmark.memory", json.dumps(spec.as_dict()), str(int(kept))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"killed by signal {-done.returncode}"]
@@ -107,6 +108,7 @@ def _high_water_mark_elsewhere() -> int:
 
 
 if __name__ == "__main__":
-    keep_large_blocks()  # as `ssmamba benchmark` does where it measures time
+    if sys.argv[2] == "1":
+        keep_large_blocks()
     # The package registers its models with timm when imported, which `-m` has done by now.
     print(json.dumps({"peak_mib": _peak_on_cpu(StepSpec(**json.loads(sys.argv[1])))}))

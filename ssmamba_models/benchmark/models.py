@@ -14,11 +14,13 @@ from ssmamba_models.benchmark.memory import measure_peak_mib
 from ssmamba_models.benchmark.model_step import ModelStep, StepSpec
 from ssmamba_models.benchmark.report import format_table, optional_number
 from ssmamba_models.benchmark.timing import Timing, best_of, speedup, thread_count, time_interleaved
+from ssmamba_models.engine.process_memory import keep_large_blocks
 
 DEFAULT_MODEL = "ssmamba_small"
 DEFAULT_PEERS = ("vit_small_patch16_224", "mambaout_tiny", "convnext_tiny")
 DEFAULT_SIZES = (224, 512, 1024)
 DTYPES = ("float32", "bfloat16")
+ALLOCATORS = ("system", "kept")
 LAYOUTS = ("auto", "contiguous", "channels_last")
 REFERENCE_SIZE = 512  # time per pixel is quoted against that at this size
 
@@ -42,6 +44,9 @@ class ModelsPlan:
         train: measure training steps, not inference.
         compile: measure each model through torch.compile as well.
         layout: of images and convolution weights; "auto" gives each model the one that it runs faster in.
+        allocator: "system" leaves malloc as a Python program has it; "kept" makes this process keep large freed blocks,
+            as `ssmamba extract` and the other commands do (engine.process_memory), from here on. It decides much for
+            models of large activations, so both are worth knowing.
         memory: measure peak memory (a fresh process for each model and size on a CPU).
         rounds: samples per model and size.
         threads: CPU threads inside an operator; None for torch's own number.
@@ -57,6 +62,7 @@ class ModelsPlan:
     train: bool = False
     compile: bool = False
     layout: str = "auto"
+    allocator: str = "system"
     memory: bool = True
     rounds: int = 7
     threads: int | None = None
@@ -108,6 +114,8 @@ def run_models(plan: ModelsPlan, progress: Progress = lambda line: None) -> dict
         ValueError: for a model unknown to timm, a size or number below one, or a device that is not here.
     """
     _check(plan)
+    if plan.allocator == "kept":
+        keep_large_blocks()
     with thread_count(plan.threads) as threads:
         machine = describe_machine(plan.device)
         specs = _choose_layouts(plan, threads, progress)
@@ -126,9 +134,10 @@ def format_models(report: dict) -> str:
     rows = [_table_row(row) for row in report["results"]]
     settings = report["settings"]
     task = "training steps" if settings["train"] else "inference"
+    blocks = {"system": "malloc as it comes", "kept": "large blocks kept"}[settings["allocator"]]
     notes = (
         f"{task}, {settings['dtype']}; {machine_line(report['machine'])}\n"
-        "MiB: peak of one batch on top of the weights. of 512: time per pixel over that at 512 px.\n"
+        f"MiB: peak of one batch on top of the weights; {blocks}. of 512: time per pixel over that at 512 px.\n"
         f"ours/it: throughput of {settings['model']} over that model's. +-%: half the quartiles' distance."
     )
     return f"{format_table(headers, rows)}\n\n{notes}"
@@ -147,7 +156,8 @@ def _check(plan: ModelsPlan) -> None:
             raise ValueError(f"{what} must be at least 1, got {value}")
     if not plan.sizes:
         raise ValueError("no size to measure at; name at least one, such as 224")
-    for what, value, known in (("dtype", plan.dtype, DTYPES), ("layout", plan.layout, LAYOUTS)):
+    for what, known in (("dtype", DTYPES), ("layout", LAYOUTS), ("allocator", ALLOCATORS)):
+        value = getattr(plan, what)
         if value not in known:
             raise ValueError(f"{what} {value!r} is unknown; expected one of {', '.join(known)}")
     require_device(plan.device)
@@ -197,7 +207,7 @@ def _measure_size(plan: ModelsPlan, size: int, specs: Sequence[StepSpec], progre
     entries = [Entry(replace(spec, size=size, batch_size=plan.batch_for(size))) for spec in specs]
     for entry in entries:
         progress(f"{entry.label} at {size} px: preparing")
-        _prepare(entry, plan.memory)
+        _prepare(entry, plan)
     running = {entry.label: entry for entry in entries if entry.reason is None}
     progress(f"{size} px: timing {', '.join(running) or 'nothing'}")
     timings = time_interleaved(
@@ -214,15 +224,15 @@ def _measure_size(plan: ModelsPlan, size: int, specs: Sequence[StepSpec], progre
     return entries
 
 
-def _prepare(entry: Entry, memory: bool) -> None:
+def _prepare(entry: Entry, plan: ModelsPlan) -> None:
     """Build the step and find all that is not a time; note why, where the model does not take the size."""
     try:
         step = ModelStep(entry.spec)
         entry.parameters_m = step.parameters_m
         entry.gmacs = step.gmacs()
         step()
-        if memory:
-            entry.peak_mib = measure_peak_mib(entry.spec)
+        if plan.memory:
+            entry.peak_mib = measure_peak_mib(entry.spec, kept=plan.allocator == "kept")
         entry.step = step
     except Exception as error:  # timm's models say no in many ways: AssertionError, RuntimeError, ...
         entry.reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

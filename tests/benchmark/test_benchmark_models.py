@@ -8,6 +8,8 @@ from ssmamba_models.benchmark import model_step, models
 from ssmamba_models.benchmark.memory import measure_peak_mib
 from ssmamba_models.benchmark.model_step import ModelStep, StepSpec
 from ssmamba_models.benchmark.models import ModelsPlan, format_models, run_models
+from ssmamba_models.cli import benchmark as cli_benchmark
+from ssmamba_models.cli import main as cli_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,6 +62,24 @@ def test_training_steps_move_the_weights():
     before = [p.detach().clone() for p in step.model.parameters()]
     step()
     assert any((p != old).any() for p, old in zip(step.model.parameters(), before))
+
+
+def test_the_allocator_is_the_systems_unless_told(ssmamba, monkeypatch):
+    kept = []
+    for module in (cli_main, cli_benchmark, models):
+        monkeypatch.setattr(module, "keep_large_blocks", lambda place=module.__name__: kept.append(place))
+    few = ("benchmark", "models", "--model", "test_ssmamba", "--peers", "", "--sizes", 32, "--batch-size", 1)
+    few = (*few, "--rounds", 1, "--threads", 1)
+    result = ssmamba(*few)
+    assert result.exit_code == 0, result.output
+    assert kept == []
+    assert "malloc as it comes" in result.stdout
+    result = ssmamba(*few, "--allocator", "kept")
+    assert result.exit_code == 0, result.output
+    assert kept == [models.__name__]
+    assert "large blocks kept" in result.stdout
+    assert ssmamba("list").exit_code == 0
+    assert kept[1:] == [cli_main.__name__]
 
 
 def test_a_step_knows_the_dtypes_that_a_plan_may_ask_for():
@@ -119,6 +139,7 @@ def test_memory_of_a_model_that_fails_says_why():
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"dtype": "float8"}, "dtype 'float8' is unknown"),
         ({"layout": "diagonal"}, "layout 'diagonal' is unknown"),
+        ({"allocator": "jemalloc"}, "allocator 'jemalloc' is unknown; expected one of system, kept"),
         ({"device": "cuda:99"}, "device 'cuda:99'"),
     ],
 )

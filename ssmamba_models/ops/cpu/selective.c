@@ -17,26 +17,54 @@ typedef struct {
   float *dB, *dC;                    /* (blocks per group, batch, groups, states, length) */
 } SelectiveArgs;
 
+/* Four rows of four floats, `stride` apart, turned over into rows `out_stride` apart. */
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define TRANSPOSE 4
+typedef float Four __attribute__((vector_size(16)));
+
+INLINE void transpose(float *out, ptrdiff_t out_stride, const float *in, ptrdiff_t stride) {
+  Four row[4];
+  for (int i = 0; i < 4; i++) memcpy(&row[i], in + i * stride, sizeof(Four));
+  const Four low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+  const Four low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+  const Four high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+  const Four high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+  row[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
+  row[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
+  row[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
+  row[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+  for (int i = 0; i < 4; i++) memcpy(out + i * out_stride, &row[i], sizeof(Four));
+}
+#endif
+#endif
+#ifndef TRANSPOSE
+#define TRANSPOSE 1
+INLINE void transpose(float *out, ptrdiff_t out_stride, const float *in, ptrdiff_t stride) { *out = *in; }
+#endif
+
 /* Sixteen rows of (channels, length), from element `at` on, turned into [time][16]. */
 INLINE void gather_times(float *out, const void *in, ptrdiff_t at, int valid, int64_t length, int64_t times,
                          const int dtype) {
   if (valid < LANES) memset(out, 0, times * ROW);
-  for (int l = 0; l < valid; l++, at += length) {
-    if (dtype == F32)
-      for (int64_t t = 0; t < times; t++) out[t * LANES + l] = ((const float *)in)[at + t];
-    else
-      for (int64_t t = 0; t < times; t++) out[t * LANES + l] = load_one(in, at + t, dtype);
-  }
+  const int lanes = dtype == F32 ? valid / TRANSPOSE * TRANSPOSE : 0;
+  const int64_t whole = lanes ? times / TRANSPOSE * TRANSPOSE : 0;
+  for (int64_t t = 0; t < whole; t += TRANSPOSE)
+    for (int l = 0; l < lanes; l += TRANSPOSE)
+      transpose(out + t * LANES + l, LANES, (const float *)in + at + l * length + t, length);
+  for (int l = 0; l < valid; l++, at += length)
+    for (int64_t t = l < lanes ? whole : 0; t < times; t++) out[t * LANES + l] = load_one(in, at + t, dtype);
 }
 
 INLINE void scatter_times(void *out, const float *in, ptrdiff_t at, int valid, int64_t length, int64_t times,
                           const int dtype) {
-  for (int l = 0; l < valid; l++, at += length) {
-    if (dtype == F32)
-      for (int64_t t = 0; t < times; t++) ((float *)out)[at + t] = in[t * LANES + l];
-    else
-      for (int64_t t = 0; t < times; t++) store_one(out, at + t, in[t * LANES + l], dtype);
-  }
+  const int lanes = dtype == F32 ? valid / TRANSPOSE * TRANSPOSE : 0;
+  const int64_t whole = lanes ? times / TRANSPOSE * TRANSPOSE : 0;
+  for (int l = 0; l < lanes; l += TRANSPOSE)
+    for (int64_t t = 0; t < whole; t += TRANSPOSE)
+      transpose((float *)out + at + l * length + t, length, in + t * LANES + l, LANES);
+  for (int l = 0; l < valid; l++, at += length)
+    for (int64_t t = l < lanes ? whole : 0; t < times; t++) store_one(out, at + t, in[t * LANES + l], dtype);
 }
 
 /* Where a task works. Blocks of channels never straddle groups, which have their own B and C. */
