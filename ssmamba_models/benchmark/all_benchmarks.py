@@ -62,7 +62,7 @@ def make_parts(plan: AllPlan) -> dict[str, Part]:
     sizes = _quick_sizes() if plan.quick else _full_sizes()
     plans = {
         "models": ModelsPlan(**common, **sizes["models"]),
-        "models_kept": ModelsPlan(**common, allocator="kept", **sizes["models"]),
+        "models_kept": ModelsPlan(**common, allocator="kept", **{**sizes["models"], "memory": False}),
         "models_train": ModelsPlan(**common, allocator="kept", train=True, **sizes["models_train"]),
         "ops": OpsPlan(**common, **sizes["ops"]),
         "train": TrainPlan(**common, **sizes["train"]),
@@ -87,7 +87,7 @@ def make_parts(plan: AllPlan) -> dict[str, Part]:
 def _full_sizes() -> dict[str, dict[str, Any]]:
     return {
         "ops": {"rounds": 5, "budget_s": 20.0},
-        "models": {"sizes": (224, 512, 1024), "rounds": 5, "budget_s": 90.0},
+        "models": {"sizes": (224, 512, 1024), "rounds": 7, "budget_s": 90.0},
         "models_train": {"sizes": (224,), "rounds": 5, "budget_s": 120.0},
         "train": {"rounds": 5, "budget_s": 120.0},
         "extract": {"rounds": 3, "tiles": 768},
