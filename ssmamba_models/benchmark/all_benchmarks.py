@@ -63,7 +63,7 @@ def make_parts(plan: AllPlan) -> dict[str, Part]:
     plans = {
         "models": ModelsPlan(**common, **sizes["models"]),
         "models_kept": ModelsPlan(**common, allocator="kept", **{**sizes["models"], "memory": False}),
-        "models_train": ModelsPlan(**common, allocator="kept", train=True, **sizes["models_train"]),
+        "models_train": ModelsPlan(**common, train=True, **sizes["models_train"]),
         "ops": OpsPlan(**common, **sizes["ops"]),
         "train": TrainPlan(**common, **sizes["train"]),
         "extract": ExtractBenchmark(**common, **sizes["extract"]),
@@ -119,6 +119,8 @@ def run_all(plan: AllPlan, progress: Progress = lambda line: None) -> dict:
     """Run every benchmark.
 
     One that cannot run here (a package is missing, memory is short) is left out with its reason; the others go on.
+    All but the first run with large blocks kept (engine.process_memory), as the commands do whose work they measure:
+    this process keeps them from then on.
 
     Returns:
         {"benchmark", "machine", "settings", "seconds", "parts": name -> its report with "seconds", or {"reason"},
@@ -133,7 +135,7 @@ def run_all(plan: AllPlan, progress: Progress = lambda line: None) -> dict:
     begun, reports, ratios = time.monotonic(), {}, []
     for name, part in make_parts(plan).items():
         if name != "models":
-            # As the commands do whose work is measured. There is no way back, so "models" comes first.
+            # There is no way back, so "models" comes first.
             keep_large_blocks()
         progress(f"== {part.title}")
         start = time.monotonic()

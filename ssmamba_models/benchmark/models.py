@@ -14,7 +14,7 @@ from ssmamba_models.benchmark.memory import measure_peak_mib
 from ssmamba_models.benchmark.model_step import ModelStep, StepSpec
 from ssmamba_models.benchmark.report import format_table, optional_number
 from ssmamba_models.benchmark.timing import Timing, best_of, speedup, thread_count, time_interleaved
-from ssmamba_models.engine.process_memory import keep_large_blocks
+from ssmamba_models.engine.process_memory import keep_large_blocks, large_blocks_kept
 
 DEFAULT_MODEL = "ssmamba_small"
 DEFAULT_PEERS = ("vit_small_patch16_224", "mambaout_tiny", "convnext_tiny")
@@ -44,9 +44,9 @@ class ModelsPlan:
         train: measure training steps, not inference.
         compile: measure each model through torch.compile as well.
         layout: of images and convolution weights; "auto" gives each model the one that it runs faster in.
-        allocator: "system" leaves malloc as a Python program has it; "kept" makes this process keep large freed blocks,
-            as `ssmamba extract` and the other commands do (engine.process_memory), from here on. It decides much for
-            models of large activations, so both are worth knowing.
+        allocator: "system" leaves malloc as this process has it; "kept" makes the process keep large freed blocks, as
+            `ssmamba extract` and the other commands do (engine.process_memory), from here on. It decides much for
+            models of large activations, so both are worth knowing. Settings of the report say what was the case.
         memory: measure peak memory (a fresh process for each model and size on a CPU).
         rounds: samples per model and size.
         threads: CPU threads inside an operator; None for torch's own number.
@@ -111,11 +111,15 @@ def run_models(plan: ModelsPlan, progress: Progress = lambda line: None) -> dict
         {"benchmark", "machine", "settings", "results": [row, ...]}, ready for JSON; see `_as_row`.
 
     Raises:
-        ValueError: for a model unknown to timm, a size or number below one, or a device that is not here.
+        ValueError: for a model unknown to timm, a size or number below one, a device that is not here, or blocks that
+            cannot be kept.
     """
     _check(plan)
-    if plan.allocator == "kept":
-        keep_large_blocks()
+    if plan.allocator == "kept" and not keep_large_blocks():
+        raise ValueError(
+            "--allocator kept: malloc does not keep large blocks here: it is not glibc's, or an old one, or tuned by "
+            "GLIBC_TUNABLES or MALLOC_* in the environment; unset these, or use --allocator system"
+        )
     with thread_count(plan.threads) as threads:
         machine = describe_machine(plan.device)
         specs = _choose_layouts(plan, threads, progress)
@@ -134,7 +138,7 @@ def format_models(report: dict) -> str:
     rows = [_table_row(row) for row in report["results"]]
     settings = report["settings"]
     task = "training steps" if settings["train"] else "inference"
-    blocks = {"system": "malloc as it comes", "kept": "large blocks kept"}[settings["allocator"]]
+    blocks = "large blocks kept" if settings["large_blocks_kept"] else "malloc as it comes"
     notes = (
         f"{task}, {settings['dtype']}; {machine_line(report['machine'])}\n"
         f"MiB: peak of one batch on top of the weights; {blocks}. of 512: time per pixel over that at 512 px.\n"
@@ -174,7 +178,8 @@ def require_model(name: str) -> None:
 
 def _settings(plan: ModelsPlan, threads: int) -> dict:
     settings = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
-    return {**settings, "peers": list(plan.peers), "sizes": list(plan.sizes), "threads": threads}
+    settings |= {"peers": list(plan.peers), "sizes": list(plan.sizes), "threads": threads}
+    return {**settings, "large_blocks_kept": large_blocks_kept()}
 
 
 def _choose_layouts(plan: ModelsPlan, threads: int, progress: Progress) -> list[StepSpec]:
@@ -207,7 +212,7 @@ def _measure_size(plan: ModelsPlan, size: int, specs: Sequence[StepSpec], progre
     entries = [Entry(replace(spec, size=size, batch_size=plan.batch_for(size))) for spec in specs]
     for entry in entries:
         progress(f"{entry.label} at {size} px: preparing")
-        _prepare(entry, plan)
+        _prepare(entry, plan.memory)
     running = {entry.label: entry for entry in entries if entry.reason is None}
     progress(f"{size} px: timing {', '.join(running) or 'nothing'}")
     timings = time_interleaved(
@@ -224,15 +229,15 @@ def _measure_size(plan: ModelsPlan, size: int, specs: Sequence[StepSpec], progre
     return entries
 
 
-def _prepare(entry: Entry, plan: ModelsPlan) -> None:
+def _prepare(entry: Entry, memory: bool) -> None:
     """Build the step and find all that is not a time; note why, where the model does not take the size."""
     try:
         step = ModelStep(entry.spec)
         entry.parameters_m = step.parameters_m
         entry.gmacs = step.gmacs()
         step()
-        if plan.memory:
-            entry.peak_mib = measure_peak_mib(entry.spec, kept=plan.allocator == "kept")
+        if memory:
+            entry.peak_mib = measure_peak_mib(entry.spec, kept=large_blocks_kept())
         entry.step = step
     except Exception as error:  # timm's models say no in many ways: AssertionError, RuntimeError, ...
         entry.reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

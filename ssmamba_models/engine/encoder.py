@@ -17,7 +17,7 @@ from timm.models import get_pretrained_cfg, is_model
 from torch import nn
 
 from ssmamba_models._version import __version__
-from ssmamba_models.engine.feature_pool import check_pool, pool_features
+from ssmamba_models.engine.feature_pool import PoolError, check_pool, pool_features
 from ssmamba_models.engine.weight_facts import WeightFacts, weight_facts
 from ssmamba_models.engine.weights import (
     RUN_WEIGHTS,
@@ -274,6 +274,8 @@ def measure_embed_dim(
     try:
         with torch.inference_mode():
             features = pool_features(network, torch.zeros(1, *input_size, device=device), pool)
+    except PoolError:
+        raise  # another size would not help
     except (RuntimeError, AssertionError, ValueError, TypeError, OverflowError) as error:
         raise ValueError(
             f"{name} cannot take images of {input_size[1]} x {input_size[2]} px ({first_line(error)}); "

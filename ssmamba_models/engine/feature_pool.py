@@ -13,6 +13,10 @@ from torch import Tensor, nn
 POOLS = {"model": 1, "mean_std": 1, "mean_std_last2": 2}
 
 
+class PoolError(ValueError):
+    """A model gives not the maps that a pool needs."""
+
+
 def check_pool(pool: str) -> None:
     """Raises ValueError for a pool that is not one of `POOLS`."""
     if pool not in POOLS:
@@ -40,7 +44,8 @@ def pool_features(model: nn.Module, images: Tensor, pool: str) -> Tensor:
         C' channels (that of the stage before in a model of stages, of the block before in a transformer).
 
     Raises:
-        ValueError: pool is not one of `POOLS`, or the model gives not the maps or tokens that it needs.
+        ValueError: pool is not one of `POOLS`.
+        PoolError: the model gives not the maps or tokens that it needs.
     """
     check_pool(pool)
     if pool == "model":
@@ -56,13 +61,17 @@ def last_maps(model: nn.Module, images: Tensor, count: int) -> tuple[Tensor, lis
     """What `model.forward_features` gives of (B, 3, H, W), and the last `count` maps (B, C, h, w).
 
     Raises:
-        ValueError: the model gives no intermediate maps, or fewer.
+        PoolError: the model gives no intermediate maps, fewer, or none that are normalised as its last one.
     """
+    name = type(model).__name__
     if not hasattr(model, "forward_intermediates"):
-        name = type(model).__name__
-        raise ValueError(f"{name} has no intermediate maps (forward_intermediates); use --pool mean_std")
+        raise PoolError(f"{name} has no intermediate maps (forward_intermediates); use --pool mean_std")
     forward_intermediates = cast(Callable[..., tuple[Tensor, list[Tensor]]], model.forward_intermediates)
-    return forward_intermediates(images, indices=count, norm=True, output_fmt="NCHW")
+    try:
+        return forward_intermediates(images, indices=count, norm=True, output_fmt="NCHW")
+    except AssertionError as error:  # which is how timm says so
+        reason = str(error) or "an assertion of its forward_intermediates"
+        raise PoolError(f"{name} does not give its last {count} maps ({reason}); use --pool mean_std") from error
 
 
 def pool_maps(model: nn.Module, last: Tensor, maps: Sequence[Tensor], pool: str) -> Tensor:
@@ -89,6 +98,6 @@ def _places(model: nn.Module, features: Tensor) -> Tensor:
     if isinstance(features, Tensor) and features.ndim == 3:
         return features[:, getattr(model, "num_prefix_tokens", 0) :].float()
     what = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-    raise ValueError(
+    raise PoolError(
         f"{type(model).__name__}.forward_features gives {what}, which has no places to pool; use --pool model"
     )

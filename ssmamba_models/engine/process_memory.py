@@ -10,6 +10,13 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_KEPT = 2**30  # bytes
 LARGEST_INT = 2**31 - 1
 
+_done = False
+
+
+def large_blocks_kept() -> bool:
+    """Whether `keep_large_blocks` was called in this process, and worked: there is no way back."""
+    return _done
+
 
 def keep_large_blocks() -> bool:
     """Make glibc keep freed blocks of up to 1 GiB for reuse.
@@ -22,10 +29,12 @@ def keep_large_blocks() -> bool:
         Whether it was done: not where malloc is another one, nor where the user has tuned it (MALLOC_* or
         GLIBC_TUNABLES).
     """
+    global _done
     if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, TypeError, AttributeError):  # musl, macOS and Windows have none
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(M_TRIM_THRESHOLD, LARGEST_INT))
+    _done = bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(M_TRIM_THRESHOLD, LARGEST_INT))
+    return _done

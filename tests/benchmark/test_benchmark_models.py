@@ -1,6 +1,7 @@
 """`benchmark models` on timm's test models: rows, ratios, and what is refused."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -66,8 +67,14 @@ def test_training_steps_move_the_weights():
 
 def test_the_allocator_is_the_systems_unless_told(ssmamba, monkeypatch):
     kept = []
+
+    def keep(place):
+        kept.append(place)
+        return True
+
     for module in (cli_main, cli_benchmark, models):
-        monkeypatch.setattr(module, "keep_large_blocks", lambda place=module.__name__: kept.append(place))
+        monkeypatch.setattr(module, "keep_large_blocks", partial(keep, module.__name__))
+    monkeypatch.setattr(models, "large_blocks_kept", lambda: bool(kept))
     few = ("benchmark", "models", "--model", "test_ssmamba", "--peers", "", "--sizes", 32, "--batch-size", 1)
     few = (*few, "--rounds", 1, "--threads", 1)
     result = ssmamba(*few)
@@ -80,6 +87,12 @@ def test_the_allocator_is_the_systems_unless_told(ssmamba, monkeypatch):
     assert "large blocks kept" in result.stdout
     assert ssmamba("list").exit_code == 0
     assert kept[1:] == [cli_main.__name__]
+
+
+def test_blocks_that_cannot_be_kept_are_not_said_to_be(monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    with pytest.raises(ValueError, match=r"--allocator kept: .*GLIBC_TUNABLES .*use --allocator system"):
+        run_models(ModelsPlan(**TINY, sizes=(64,), allocator="kept"))
 
 
 def test_a_step_knows_the_dtypes_that_a_plan_may_ask_for():

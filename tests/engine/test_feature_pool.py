@@ -71,6 +71,14 @@ def test_unknown_pools_and_models_without_places_are_named():
         pool_features(Flat(), torch.zeros(1, 3, 8, 8), "mean_std_last2")
 
 
+def test_a_model_that_gives_no_such_maps_is_told_from_a_wrong_size():
+    """Hiera refuses to normalise intermediate maps."""
+    hiera = "hiera_tiny_224"
+    assert load_encoder(hiera, pool="mean_std").embed_dim == 2 * 768
+    with pytest.raises(ValueError, match=r"^Hiera does not give its last 2 maps \(.*norm.*\); use --pool mean_std$"):
+        load_encoder(hiera, pool="mean_std_last2")
+
+
 def test_embed_and_evaluate_take_it(tmp_path):
     tiles = write_synthetic_tiles(tmp_path / "tiles", tiles_per_kind=6, size=32)
     model = ["--model", "test_ssmamba", "--img-size", "32", "--workers", "0", "--quiet", "--pool", "mean_std"]

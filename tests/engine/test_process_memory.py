@@ -10,9 +10,10 @@ import pytest
 FAULTS = """
 import resource, sys
 import torch
-from ssmamba_models.engine.process_memory import keep_large_blocks
+from ssmamba_models.engine.process_memory import keep_large_blocks, large_blocks_kept
 
 done = keep_large_blocks() if sys.argv[1] == "keep" else False
+assert large_blocks_kept() == done
 torch.set_num_threads(1)
 for _ in range(8):  # the heap settles: small blocks take from a freed one until they have their own places
     torch.ones(2**25)  # 128 MiB
