@@ -18,7 +18,7 @@ QUICK = {
     "patchgcn": ({"hidden_dim": 16}, 5),
     "mean": ({}, 20),
     "max": ({"hidden_dim": 16}, 10),
-    "pama": ({"model": "test_pama", "model_args": {"anchor_drop_rate": 0.0}}, 10),
+    "pama": ({"model": "test_pama", "model_args": {"anchor_drop_rate": 0.0}}, 20),
 }
 
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS = ("glands", "solid", "stroma")
 QUICK = {"model": "test_ssmamba", "init": "none", "img_size": 64, "batch_size": 12, "workers": 0, "log_every": 1}
-QUICK |= {"epochs": 8, "lr": 5e-3, "layer_decay": None, "device": "cpu"}
+QUICK |= {"epochs": 8, "lr": 1e-3, "layer_decay": None, "device": "cpu"}
 
 
 def write_manifest(root, keep=lambda path, group: True):

@@ -15,9 +15,9 @@ from ssmamba_models.ssl.mamim_views import MamimViews
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def make(model="test_ssmamba", **arguments):
+def make(model="test_ssmamba", scan_init="silent", **arguments):
     torch.manual_seed(0)
-    return MAMIM(timm.create_model(model), **({"cell_size": 16, "decoder_dim": 32} | arguments))
+    return MAMIM(timm.create_model(model, scan_init=scan_init), **({"cell_size": 16, "decoder_dim": 32} | arguments))
 
 
 def make_batch(count=4, img_size=64, cell_size=16):
@@ -136,8 +136,10 @@ def test_visible_patches_do_not_enter_the_pixel_loss():
 
 
 def test_hold_and_token_differ():
+    """In scans that are heard from the start: the others' first states are too small for float32 to tell."""
     batch = make_batch()
-    assert make(masked_state="hold")(batch)["cross"].item() != make()(batch)["cross"].item()
+    hold, token = (make(scan_init="unit", masked_state=state)(batch)["cross"].item() for state in ("hold", "token"))
+    assert abs(hold - token) > 1e-5
 
 
 @pytest.mark.parametrize("masked_state", ["token", "hold"])
