@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from ssmamba_models.engine.short_memory import out_of_memory
@@ -128,7 +128,8 @@ def save_weights(path: str | os.PathLike, state: Mapping[str, torch.Tensor], met
         for name, tensor in state.items()
     }
     with explained_writing(Path(path), _size(tensors)), whole_file(path, overwrite=True) as part:
-        save_file(tensors, part, metadata=dict(metadata))
+        # Not save_file: it writes beside `part` under a name of its own, which nobody clears away if it is killed.
+        part.write_bytes(save(tensors, metadata=dict(metadata)))
         set_usual_mode(part)
     sync_folder(Path(path).parent)
 

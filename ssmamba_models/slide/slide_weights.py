@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ssmamba_models._version import __version__
 from ssmamba_models.models.published import (
@@ -76,7 +76,8 @@ def save_slide_encoder(
     tensors = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     with whole_file(folder / CONFIG, True) as config_part, whole_file(folder / WEIGHTS, True) as part:
         # One entry: safetensors writes several in any order, and the same encoder should give the same bytes.
-        save_file(tensors, part, {"format": "pt"})
+        # Not save_file: it writes beside `part` under a name of its own, which nobody clears away if it is killed.
+        part.write_bytes(save(tensors, {"format": "pt"}))
         set_usual_mode(part)
         sha256 = file_sha256(part)
         config[DOMAIN] = {"sha256": sha256, "embed_dim": encoder.embed_dim, "ssmamba_models_version": __version__}
