@@ -57,21 +57,25 @@ def pool_features(model: nn.Module, images: Tensor, pool: str) -> Tensor:
     return pool_maps(model, *last_maps(model, images, POOLS[pool]), pool)
 
 
-def last_maps(model: nn.Module, images: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:
+def last_maps(
+    model: nn.Module, images: Tensor, count: int, cure: str = "use --pool mean_std"
+) -> tuple[Tensor, list[Tensor]]:
     """What `model.forward_features` gives of (B, 3, H, W), and the last `count` maps (B, C, h, w).
+
+    `cure` ends the errors.
 
     Raises:
         PoolError: the model gives no intermediate maps, fewer, or none that are normalised as its last one.
     """
     name = type(model).__name__
     if not hasattr(model, "forward_intermediates"):
-        raise PoolError(f"{name} has no intermediate maps (forward_intermediates); use --pool mean_std")
+        raise PoolError(f"{name} has no intermediate maps (forward_intermediates); {cure}")
     forward_intermediates = cast(Callable[..., tuple[Tensor, list[Tensor]]], model.forward_intermediates)
     try:
         return forward_intermediates(images, indices=count, norm=True, output_fmt="NCHW")
     except AssertionError as error:  # which is how timm says so
         reason = str(error) or "an assertion of its forward_intermediates"
-        raise PoolError(f"{name} does not give its last {count} maps ({reason}); use --pool mean_std") from error
+        raise PoolError(f"{name} does not give its last {count} maps ({reason}); {cure}") from error
 
 
 def pool_maps(model: nn.Module, last: Tensor, maps: Sequence[Tensor], pool: str) -> Tensor:

@@ -97,9 +97,7 @@ class TileEncoder:
         pool = self.encoder.pool
         if not maps:
             return pool_features(model, images, pool), None
-        if not hasattr(model, "forward_intermediates"):
-            raise ValueError(f"{self.encoder.name} has no token maps (forward_intermediates); leave --grid out")
-        last, maps = last_maps(model, images, POOLS[pool])
+        last, maps = last_maps(model, images, POOLS[pool], "leave --grid out")
         if maps[-1].ndim != 4:
             raise ValueError(f"{self.encoder.name} returns no two-dimensional maps; leave --grid out")
         return pool_maps(model, last, maps, pool), maps[-1].permute(0, 2, 3, 1)

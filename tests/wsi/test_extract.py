@@ -117,6 +117,11 @@ class TestOutputs:
         assert maps.shape == (2, *grid.grid_shape)
         assert maps.shape[1] == maps.shape[2] > 1
 
+    def test_a_model_that_refuses_its_maps_is_named_with_a_cure_that_helps(self):
+        """Hiera refuses to normalise intermediate maps."""
+        with pytest.raises(ValueError, match=r"^Hiera does not give its last 1 maps .*; leave --grid out$"):
+            TileEncoder(load_encoder("hiera_tiny_224"), grid=True)
+
     def test_the_deviation_beside_the_mean(self, slides, whole, tmp_path):
         extract(slides / "a.tif", tmp_path / "job", pool="mean_std")
         single = read_slide_features(whole / FEATURES / "a.h5")
