@@ -10,17 +10,15 @@ from torch import Tensor, nn
 
 from ssmamba_models.layers.dms import DMS
 from ssmamba_models.layers.lpr import LPR
+from ssmamba_models.layers.pieces import are_plain, may_overwrite, piece_length
 from ssmamba_models.ops.bias_gelu import bias_gelu_
-
-INNER_ELEMENTS = 2**20  # of an MLP's inner activations at a time: 4 MB in float32
 
 
 @register_notrace_module  # one node for torch.fx: how it works depends on the tensor
 class Block(nn.Module):
     """LPR, then DMS and MLP, each normalised first and added to its input.
 
-    In inference on a CPU large maps pass through all that treats each token alone in pieces that stay in the caches: as
-    whole maps, the inner activations cost page faults and memory traffic.
+    In inference on a CPU large maps pass through all that treats each token alone in pieces (layers.pieces).
 
     Args:
         mlp_ratio: hidden width of the MLP over its width.
@@ -50,39 +48,32 @@ class Block(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = LayerNorm(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop, **dd)
-        self.piece = max(1, INNER_ELEMENTS // max(1, int(dim * mlp_ratio)))
+        self.inner_width = int(dim * mlp_ratio)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, hold: Tensor | None = None) -> Tensor:
-        x = self.lpr(x)
-        if not torch.jit.is_scripting() and self._in_pieces(x):
+        given, x = x, self.lpr(x)
+        if not torch.jit.is_scripting() and self._in_pieces(x, given):
             return self._forward_in_pieces(x, hold)
         x = x + self.drop_path1(self.dms(self.norm1(x), hold))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
     @torch.jit.ignore
-    def _in_pieces(self, x: Tensor) -> bool:
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+    def _in_pieces(self, x: Tensor, given: Tensor) -> bool:
+        tokens = x[..., 0].numel()
+        if not may_overwrite(self, x) or piece_length(tokens, self.inner_width) >= tokens:
             return False
-        # Under autocast the pieces' dtype would not be the map's.
-        if torch.is_autocast_enabled("cpu") or x[..., 0].numel() <= self.piece:
-            return False
-        # A hook expects the whole map.
-        return not any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+        return x.data_ptr() != given.data_ptr()  # where the LPR was replaced by an identity, x is the caller's
 
     @torch.jit.ignore
     def _forward_in_pieces(self, x: Tensor, hold: Tensor | None) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
-        inner = torch.empty_like(tokens)
+        length = piece_length(len(tokens), self.inner_width)
         plain = self._is_plain(x)
-        for piece, result in zip(tokens.split(self.piece), inner.split(self.piece)):
-            if plain:
-                torch.mm(self.norm1(piece), self.dms.in_proj.weight.t(), out=result)
-            else:
-                result.copy_(self.dms.in_proj(self.norm1(piece)))
-        parts = self.dms.scan(inner.view(x.shape), hold)
-        parts = [part.reshape(-1, part.shape[-1]).split(self.piece) for part in parts]
-        for piece, *scanned in zip(tokens.split(self.piece), *parts):
+        # Nothing here keeps the projected map: the scan lets go of it when it has been convolved.
+        parts = self.dms.scan(self._project(tokens, length, plain).view(x.shape), hold)
+        parts = [part.reshape(-1, part.shape[-1]).split(length) for part in parts]
+        for piece, *scanned in zip(tokens.split(length), *parts):
             normed = self.dms.norm(torch.cat(scanned, dim=-1))
             if plain:
                 self._add_branches(piece, normed)
@@ -91,13 +82,22 @@ class Block(nn.Module):
                 piece += self.mlp(self.norm2(piece))
         return tokens.view(x.shape)
 
+    def _project(self, tokens: Tensor, length: int, plain: bool) -> Tensor:
+        projected = torch.empty_like(tokens)
+        for piece, result in zip(tokens.split(length), projected.split(length)):
+            if plain:
+                torch.mm(self.norm1(piece), self.dms.in_proj.weight.t(), out=result)
+            else:
+                result.copy_(self.dms.in_proj(self.norm1(piece)))
+        return projected
+
     def _is_plain(self, x: Tensor) -> bool:
-        """Whether the layers are those that __init__ made, in float32: not quantised, adapted or otherwise replaced."""
+        """Whether the layers are those that __init__ made, in float32."""
         mlp = self.mlp
         linears = (self.dms.in_proj, self.dms.out_proj, mlp.fc1, mlp.fc2)
         return (
             x.dtype == torch.float32
-            and all(type(layer) is nn.Linear and layer.weight.dtype == torch.float32 for layer in linears)
+            and are_plain(linears, nn.Linear)
             and [layer.bias is None for layer in linears] == [True, True, False, False]
             and type(mlp) is Mlp
             and type(mlp.norm) is nn.Identity

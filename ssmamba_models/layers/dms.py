@@ -196,8 +196,8 @@ class DMS(nn.Module):
 
         Shape: (B, H, W, C) -> one (B, H, W, C_i) per scale, the C_i adding up to C.
         """
-        u = self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        parts = torch.split(u, self.widths, dim=-1)
+        x = self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        parts = torch.split(x, self.widths, dim=-1)
         out: list[Tensor] = []
         for i, scan in enumerate(self.scans):
             out.append(scan(parts[i], hold))

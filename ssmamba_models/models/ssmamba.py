@@ -14,22 +14,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClNormMlpClassifierHead, LayerNorm, Mlp, trunc_normal_
+from timm.layers import ClNormMlpClassifierHead, LayerNorm, Mlp, register_notrace_module, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ssmamba_models.layers.block import Block
+from ssmamba_models.layers.pieces import are_plain, may_overwrite, piece_length
 from ssmamba_models.models.published import check_cfg
+from ssmamba_models.ops.bias_gelu import bias_gelu_
 from ssmamba_models.weights import weight_source
 
 __all__ = ["SSMamba"]
 
 
+@register_notrace_module  # one node for torch.fx: how it works depends on the tensor
 class Stem(nn.Module):
     """Two 3x3 convolutions of stride 2, each normalised.
+
+    In inference on a CPU norms and activation work in place and in pieces (layers.pieces): the first map is the model's
+    largest.
 
     Shape: (B, in_chans, H, W) -> (B, ceil(H / 4), ceil(W / 4), dim).
     """
@@ -46,10 +53,38 @@ class Stem(nn.Module):
         self.norm2 = LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and self._in_pieces(x):
+            return self._forward_in_pieces(x)
         x = self.conv1(x.contiguous(memory_format=torch.channels_last))
         x = self.act(self.norm1(x.permute(0, 2, 3, 1)))
         x = self.conv2(x.permute(0, 3, 1, 2))
         return self.norm2(x.permute(0, 2, 3, 1))
+
+    @torch.jit.ignore
+    def _in_pieces(self, x: Tensor) -> bool:
+        return may_overwrite(self, x)
+
+    @torch.jit.ignore
+    def _forward_in_pieces(self, x: Tensor) -> Tensor:
+        y = self.conv1(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        plain, width = self._is_plain(y), y.shape[-1]
+        tokens = y.reshape(-1, width)
+        for piece in tokens.split(piece_length(len(tokens), width)):
+            if plain:
+                normed = F.layer_norm(piece, (width,), self.norm1.weight, None, self.norm1.eps)
+                piece.copy_(bias_gelu_(normed, self.norm1.bias))
+            else:
+                piece.copy_(self.act(self.norm1(piece)))
+        y = self.conv2(tokens.view(y.shape).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        tokens = y.reshape(-1, y.shape[-1])
+        for piece in tokens.split(piece_length(len(tokens), y.shape[-1])):
+            piece.copy_(self.norm2(piece))
+        return tokens.view(y.shape)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether norm and activation are those that __init__ made, in float32."""
+        exact = type(self.act) is nn.GELU and self.act.approximate == "none"
+        return x.dtype == torch.float32 and are_plain([self.norm1], LayerNorm) and exact
 
 
 class Downsample(nn.Module):

@@ -9,6 +9,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssmamba_models.layers.pieces import piece_length
 from ssmamba_models.models import SSMamba
 
 DIMS = (16, 24, 32, 48)
@@ -336,8 +337,8 @@ def test_inference_in_pieces_is_inference():
     """Without gradients a block takes many tokens in pieces; with them, all at once."""
     model = small(dims=(16, 256, 16, 16)).eval()
     x = image(160, 168, batch=8)
-    piece = model.stages[1].blocks[0].piece
-    assert 8 * 20 * 21 > piece > 1  # the second stage's tokens, at stride 8
+    tokens = 8 * 20 * 21  # the second stage's, at stride 8
+    assert tokens > piece_length(tokens, model.stages[1].blocks[0].inner_width) > 1
     whole = model(x)
     with torch.inference_mode():
         pieces = model(x)
@@ -369,6 +370,56 @@ def test_layers_that_were_replaced_are_used_in_pieces():
                 torch.testing.assert_close(changed, model(x).detach(), atol=1e-5, rtol=1e-5)
             assert not torch.allclose(changed, before)
             setattr(owner, name, layer)
+
+
+def test_a_stem_whose_layers_were_replaced_uses_them():
+    """As for blocks, in the part that works in place."""
+    model, x = small().eval(), image(160, 168, batch=4)
+
+    class Shifted(torch.nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    with torch.inference_mode():
+        before = model(x)
+        for name, layer in (
+            ("norm1", Shifted(model.stem.norm1.weight.shape[0])),
+            ("norm2", Shifted(model.stem.norm2.weight.shape[0])),
+            ("act", torch.nn.GELU(approximate="tanh")),
+        ):
+            old = getattr(model.stem, name)
+            setattr(model.stem, name, layer)
+            changed = model(x)
+            with torch.enable_grad():
+                torch.testing.assert_close(changed, model(x).detach(), atol=1e-5, rtol=1e-5)
+            assert not torch.equal(changed, before)
+            setattr(model.stem, name, old)
+
+
+def test_what_a_caller_gave_is_left_as_it_was():
+    """Work in place is on results of our own: also where a block's LPR was taken out."""
+    model = small(dims=(16, 256, 16, 16)).eval()
+    block = model.stages[1].blocks[0]
+    with torch.inference_mode():
+        for x in (image(160, 168, batch=8), image(64, 64).contiguous(memory_format=torch.channels_last)):
+            kept = x.clone()
+            model(x)
+            assert torch.equal(x, kept)
+        for lpr in (block.lpr, torch.nn.Identity()):
+            block.lpr = lpr
+            x = torch.randn(8, 20, 21, 256)
+            kept = x.clone()
+            block(x)
+            assert torch.equal(x, kept)
+
+
+def test_a_model_traced_in_inference_takes_other_sizes():
+    """A trace holds no number of pieces."""
+    model = small(dims=(16, 256, 16, 16)).eval()
+    large, other = image(160, 168, batch=8), image(224, 200, batch=11)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, large, check_trace=False)
+        torch.testing.assert_close(traced(other), model(other), atol=1e-5, rtol=1e-5)
 
 
 def test_operations_are_counted_in_pieces_too():

@@ -1,0 +1,37 @@
+"""Inference on a CPU in pieces that stay in the caches.
+
+As whole maps, the inner activations of a layer cost memory traffic, and every page of a fresh block a page fault, which
+may take longer than what is computed on it.
+"""
+
+# No `from __future__ import annotations`: torch.fx and TorchScript read the annotations of the modules that use this.
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+PIECE_ELEMENTS = 2**20  # inner activations at a time: 4 MB in float32
+
+
+def piece_length(items: int, elements: int) -> int:
+    """How many of `items`, each with so many inner activations, make a piece: even shares, so that none is tiny."""
+    pieces = max(1, round(items * elements / PIECE_ELEMENTS))
+    return max(1, -(-items // pieces))
+
+
+def may_overwrite(module: nn.Module, x: Tensor) -> bool:
+    """Whether `module` may compute what follows `x` in pieces, over the memory of its own intermediate results.
+
+    Not where gradients need those results, not under a compiler, which fuses by itself, or a tracer, which would record
+    so many pieces, and not under autocast, where a piece's dtype would not be the map's. A hook expects the whole map.
+    """
+    if module.training or torch.is_grad_enabled() or x.device.type != "cpu":
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        return False
+    return not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+def are_plain(layers: Iterable[nn.Module], kind: type[nn.Module]) -> bool:
+    """Whether the layers are of exactly this class with float32 weights: not quantised, adapted or replaced."""
+    return all(type(layer) is kind and layer.weight.dtype == torch.float32 for layer in layers)
