@@ -14,7 +14,7 @@ POOLS = {"model": 1, "mean_std": 1, "mean_std_last2": 2}
 
 
 class PoolError(ValueError):
-    """A model gives not the maps that a pool needs."""
+    """A model does not give the maps that a pool needs."""
 
 
 def check_pool(pool: str) -> None:
@@ -45,7 +45,7 @@ def pool_features(model: nn.Module, images: Tensor, pool: str) -> Tensor:
 
     Raises:
         ValueError: pool is not one of `POOLS`.
-        PoolError: the model gives not the maps or tokens that it needs.
+        PoolError: the model does not give the maps or tokens that the pool needs.
     """
     check_pool(pool)
     if pool == "model":

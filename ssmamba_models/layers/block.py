@@ -61,9 +61,8 @@ class Block(nn.Module):
     @torch.jit.ignore
     def _in_pieces(self, x: Tensor, given: Tensor) -> bool:
         tokens = x[..., 0].numel()
-        if not may_overwrite(self, x) or piece_length(tokens, self.inner_width) >= tokens:
-            return False
-        return x.data_ptr() != given.data_ptr()  # where the LPR was replaced by an identity, x is the caller's
+        # Where the LPR was replaced by an identity, x is the caller's.
+        return x is not given and may_overwrite(self, x) and piece_length(tokens, self.inner_width) < tokens
 
     @torch.jit.ignore
     def _forward_in_pieces(self, x: Tensor, hold: Tensor | None) -> Tensor:

@@ -34,4 +34,5 @@ def may_overwrite(module: nn.Module, x: Tensor) -> bool:
 
 def are_plain(layers: Iterable[nn.Module], kind: type[nn.Module]) -> bool:
     """Whether the layers are of exactly this class with float32 weights: not quantised, adapted or replaced."""
-    return all(type(layer) is kind and layer.weight.dtype == torch.float32 for layer in layers)
+    weights = [layer.weight if type(layer) is kind else None for layer in layers]
+    return all(isinstance(weight, Tensor) and weight.dtype == torch.float32 for weight in weights)

@@ -83,8 +83,13 @@ class Stem(nn.Module):
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether norm and activation are those that __init__ made, in float32."""
-        exact = type(self.act) is nn.GELU and self.act.approximate == "none"
-        return x.dtype == torch.float32 and are_plain([self.norm1], LayerNorm) and exact
+        return (
+            x.dtype == torch.float32
+            and are_plain([self.norm1], LayerNorm)
+            and self.norm1.bias is not None
+            and type(self.act) is nn.GELU
+            and self.act.approximate == "none"
+        )
 
 
 class Downsample(nn.Module):

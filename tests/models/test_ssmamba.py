@@ -7,6 +7,8 @@ import math
 import pytest
 import timm
 import torch
+from timm.layers import LayerNorm
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssmamba_models.layers.pieces import piece_length
@@ -381,9 +383,11 @@ def test_a_stem_whose_layers_were_replaced_uses_them():
             return super().forward(x) + 1
 
     with torch.inference_mode():
+        model.stem.norm1.weight *= 1.5
         before = model(x)
         for name, layer in (
             ("norm1", Shifted(model.stem.norm1.weight.shape[0])),
+            ("norm1", LayerNorm(model.stem.norm1.weight.shape[0], affine=False)),
             ("norm2", Shifted(model.stem.norm2.weight.shape[0])),
             ("act", torch.nn.GELU(approximate="tanh")),
         ):
@@ -422,6 +426,12 @@ def test_a_model_traced_in_inference_takes_other_sizes():
         torch.testing.assert_close(traced(other), model(other), atol=1e-5, rtol=1e-5)
 
 
+def test_shapes_can_be_asked_without_computing():
+    model = small(dims=(16, 256, 16, 16))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        assert model(torch.empty(8, 3, 160, 168)).shape == (8, 16)
+
+
 def test_operations_are_counted_in_pieces_too():
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -438,7 +448,8 @@ def test_a_hook_sees_the_whole_map_in_inference_too():
     model = small(dims=(16, 256, 16, 16)).eval()
     x = image(160, 168, batch=8)
     seen = []
-    model.stages[1].blocks[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    for module in (model.stem.norm1, model.stages[1].blocks[0].mlp):
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     with torch.inference_mode():
         model(x)
-    assert [tuple(shape) for shape in seen] == [(8, 20, 21, 256)]
+    assert [tuple(shape) for shape in seen] == [(8, 80, 84, 8), (8, 20, 21, 256)]
