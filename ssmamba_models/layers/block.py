@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssmamba_models.layers.dms import DMS
 from ssmamba_models.layers.lpr import LPR
-from ssmamba_models.layers.pieces import are_plain, may_overwrite, piece_length
+from ssmamba_models.layers.pieces import are_float32, is_own, may_overwrite, piece_length
 from ssmamba_models.ops.bias_gelu import bias_gelu_
 
 
@@ -52,23 +52,24 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, hold: Tensor | None = None) -> Tensor:
-        given, x = x, self.lpr(x)
-        if not torch.jit.is_scripting() and self._in_pieces(x, given):
+        x = self.lpr(x)
+        if not torch.jit.is_scripting() and self._in_pieces(x):
             return self._forward_in_pieces(x, hold)
         x = x + self.drop_path1(self.dms(self.norm1(x), hold))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
     @torch.jit.ignore
-    def _in_pieces(self, x: Tensor, given: Tensor) -> bool:
+    def _in_pieces(self, x: Tensor) -> bool:
+        if not (may_overwrite(self, x) and self._is_own()):
+            return False
         tokens = x[..., 0].numel()
-        # Where the LPR was replaced by an identity, x is the caller's.
-        return x is not given and may_overwrite(self, x) and piece_length(tokens, self.inner_width) < tokens
+        return piece_length(tokens, self.inner_width) < tokens
 
     @torch.jit.ignore
     def _forward_in_pieces(self, x: Tensor, hold: Tensor | None) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
         length = piece_length(len(tokens), self.inner_width)
-        plain = self._is_plain(x)
+        plain = x.dtype == torch.float32 and are_float32((self.dms.in_proj, self.dms.out_proj, self.mlp))
         # Nothing here keeps the projected map: the scan lets go of it when it has been convolved.
         parts = self.dms.scan(self._project(tokens, length, plain).view(x.shape), hold)
         parts = [part.reshape(-1, part.shape[-1]).split(length) for part in parts]
@@ -90,24 +91,27 @@ class Block(nn.Module):
                 result.copy_(self.dms.in_proj(self.norm1(piece)))
         return projected
 
-    def _is_plain(self, x: Tensor) -> bool:
-        """Whether the layers are those that __init__ made, in float32."""
-        mlp = self.mlp
-        linears = (self.dms.in_proj, self.dms.out_proj, mlp.fc1, mlp.fc2)
+    def _is_own(self) -> bool:
+        """Whether the layers are those that __init__ made: others may want the whole map, or hand on the caller's."""
+        dms, mlp = self.dms, self.mlp
         return (
-            x.dtype == torch.float32
-            and are_plain(linears, nn.Linear)
-            and [layer.bias is None for layer in linears] == [True, True, False, False]
-            and type(mlp) is Mlp
-            and type(mlp.norm) is nn.Identity
-            and type(mlp.act) is nn.GELU
+            is_own(self.lpr, LPR)
+            and is_own(dms, DMS)
+            and is_own(mlp, Mlp)
+            and all(is_own(layer, nn.Linear) for layer in (dms.in_proj, dms.out_proj, mlp.fc1, mlp.fc2))
+            and [dms.in_proj.bias is None, dms.out_proj.bias is None] == [True, True]
+            and [mlp.fc1.bias is None, mlp.fc2.bias is None] == [False, False]
+            and all(is_own(norm, LayerNorm) for norm in (self.norm1, dms.norm, self.norm2))
+            and is_own(mlp.norm, nn.Identity)
+            and is_own(mlp.act, nn.GELU)
             and mlp.act.approximate == "none"
+            and all(is_own(path, nn.Identity) or is_own(path, DropPath) for path in (self.drop_path1, self.drop_path2))
         )
 
     def _add_branches(self, tokens: Tensor, scanned: Tensor) -> None:
         """Add both branches to `tokens`: as products that add to what is there, the bias and GELU in one pass."""
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        assert fc1.bias is not None  # as _is_plain has found
+        assert fc1.bias is not None  # as _is_own has found
         assert fc2.bias is not None
         torch.addmm(tokens, scanned, self.dms.out_proj.weight.t(), out=tokens)
         inner = bias_gelu_(torch.mm(self.norm2(tokens), fc1.weight.t()), fc1.bias)

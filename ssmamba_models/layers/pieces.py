@@ -9,12 +9,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
-PIECE_ELEMENTS = 2**20  # inner activations at a time: 4 MB in float32
+PIECE_ELEMENTS = 2**20  # inner activations at a time, about: 4 MB in float32
 
 
 def piece_length(items: int, elements: int) -> int:
-    """How many of `items`, each with so many inner activations, make a piece: even shares, so that none is tiny."""
+    """How many of `items`, each with so many inner activations, make a piece: shares of a size, no small rest."""
     pieces = max(1, round(items * elements / PIECE_ELEMENTS))
     return max(1, -(-items // pieces))
 
@@ -23,16 +24,24 @@ def may_overwrite(module: nn.Module, x: Tensor) -> bool:
     """Whether `module` may compute what follows `x` in pieces, over the memory of its own intermediate results.
 
     Not where gradients need those results, not under a compiler, which fuses by itself, or a tracer, which would record
-    so many pieces, and not under autocast, where a piece's dtype would not be the map's. A hook expects the whole map.
+    so many pieces, and not under autocast, where a piece's dtype would not be the map's. A hook expects the whole map,
+    and dropout that is kept in training mode is to be heard.
     """
-    if module.training or torch.is_grad_enabled() or x.device.type != "cpu":
+    if torch.is_grad_enabled() or x.device.type != "cpu":
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
         return False
-    return not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        return False
+    return not any(part.training or part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
-def are_plain(layers: Iterable[nn.Module], kind: type[nn.Module]) -> bool:
-    """Whether the layers are of exactly this class with float32 weights: not quantised, adapted or replaced."""
-    weights = [layer.weight if type(layer) is kind else None for layer in layers]
-    return all(isinstance(weight, Tensor) and weight.dtype == torch.float32 for weight in weights)
+def is_own(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the layer does what this class does: not a subclass, a replacement, or one whose forward was set."""
+    return type(layer) is kind and "forward" not in vars(layer)
+
+
+def are_float32(layers: Iterable[nn.Module]) -> bool:
+    """Whether the layers' parameters are float32 numbers, not a subclass of Tensor that stands for them."""
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    return all(type(p) in (Tensor, nn.Parameter) and p.dtype == torch.float32 for p in parameters)

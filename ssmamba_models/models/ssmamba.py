@@ -23,7 +23,7 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ssmamba_models.layers.block import Block
-from ssmamba_models.layers.pieces import are_plain, may_overwrite, piece_length
+from ssmamba_models.layers.pieces import are_float32, is_own, may_overwrite, piece_length
 from ssmamba_models.models.published import check_cfg
 from ssmamba_models.ops.bias_gelu import bias_gelu_
 from ssmamba_models.weights import weight_source
@@ -62,12 +62,12 @@ class Stem(nn.Module):
 
     @torch.jit.ignore
     def _in_pieces(self, x: Tensor) -> bool:
-        return may_overwrite(self, x)
+        return may_overwrite(self, x) and self._is_own()
 
     @torch.jit.ignore
     def _forward_in_pieces(self, x: Tensor) -> Tensor:
         y = self.conv1(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-        plain, width = self._is_plain(y), y.shape[-1]
+        plain, width = y.dtype == torch.float32 and are_float32([self.norm1]), y.shape[-1]
         tokens = y.reshape(-1, width)
         for piece in tokens.split(piece_length(len(tokens), width)):
             if plain:
@@ -81,13 +81,12 @@ class Stem(nn.Module):
             piece.copy_(self.norm2(piece))
         return tokens.view(y.shape)
 
-    def _is_plain(self, x: Tensor) -> bool:
-        """Whether norm and activation are those that __init__ made, in float32."""
+    def _is_own(self) -> bool:
+        """Whether the layers are those that __init__ made: others may want the whole map, or hand on the caller's."""
         return (
-            x.dtype == torch.float32
-            and are_plain([self.norm1], LayerNorm)
-            and self.norm1.bias is not None
-            and type(self.act) is nn.GELU
+            is_own(self.conv1, nn.Conv2d)
+            and all(is_own(norm, LayerNorm) and norm.bias is not None for norm in (self.norm1, self.norm2))
+            and is_own(self.act, nn.GELU)
             and self.act.approximate == "none"
         )
 

@@ -1,4 +1,4 @@
-"""The activation between an MLP's matrix products, fused with the first one's bias, for inference."""
+"""GELU fused with the bias before it, that of an MLP's first matrix product or of a norm, for inference."""
 
 from __future__ import annotations
 

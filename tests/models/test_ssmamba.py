@@ -11,7 +11,7 @@ from timm.layers import LayerNorm
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssmamba_models.layers.pieces import piece_length
+from ssmamba_models.layers import pieces
 from ssmamba_models.models import SSMamba
 
 DIMS = (16, 24, 32, 48)
@@ -335,73 +335,126 @@ def test_an_unknown_scan_init_is_named():
         small(scan_init="loud")
 
 
-def test_inference_in_pieces_is_inference():
-    """Without gradients a block takes many tokens in pieces; with them, all at once."""
-    model = small(dims=(16, 256, 16, 16)).eval()
-    x = image(160, 168, batch=8)
-    tokens = 8 * 20 * 21  # the second stage's, at stride 8
-    assert tokens > piece_length(tokens, model.stages[1].blocks[0].inner_width) > 1
-    whole = model(x)
+@torch.no_grad()
+def shaken(model: SSMamba) -> SSMamba:
+    """The model with every parameter moved: fresh biases are 0, fresh norms 1, and would hide that one is forgotten."""
+    for index, parameter in enumerate(model.parameters()):
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index), dtype=parameter.dtype)
+        parameter += 0.1 * noise
+    return model
+
+
+@pytest.fixture
+def short_pieces(monkeypatch):
+    """Pieces of small maps."""
+    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 20_000)
+
+
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(160, 168), (97, 33), (1, 7)])
+def test_inference_in_pieces_is_inference(dtype, size):
+    """Without gradients the stem and the blocks take many tokens in pieces; with them, all at once."""
+    model = shaken(small(dims=(16, 256, 16, 16)).to(dtype))
+    x = image(*size, batch=8).to(dtype)
+    whole = model.forward_intermediates(x)
     with torch.inference_mode():
-        pieces = model(x)
-    torch.testing.assert_close(pieces, whole.detach(), atol=1e-5, rtol=1e-5)
+        final, maps = model.forward_intermediates(x)
+    for result, expected in zip((final, *maps), (whole[0], *whole[1])):
+        torch.testing.assert_close(result, expected.detach(), atol=1e-4, rtol=1e-4)
 
 
-def test_layers_that_were_replaced_are_used_in_pieces():
+@pytest.mark.usefixtures("short_pieces")
+def test_pieces_are_several():
+    """What the tests of pieces rest on: the stem's maps and two stages' tokens do not fit in one."""
+    model = small(dims=(16, 256, 16, 16))
+    for tokens, width in (
+        (8 * 80 * 84, model.stem.conv1.out_channels),
+        (8 * 40 * 42, model.stages[0].blocks[0].inner_width),
+        (8 * 20 * 21, model.stages[1].blocks[0].inner_width),
+    ):
+        assert 1 < pieces.piece_length(tokens, width) < tokens / 2
+    assert all(pieces.piece_length(items, width) > 0 for items in range(4) for width in (0, 1, 10**6))
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class OverPlaces(LayerNorm):
+    """A norm that looks at the whole map (B, H, W, C)."""
+
+    def forward(self, x):
+        return super().forward(x - x.mean((1, 2), keepdim=True))
+
+
+def replacements(model: SSMamba):
+    """(name, owner, attribute, another layer) of layers that inference in pieces goes around or calls by pieces."""
+    block = model.stages[1].blocks[0]
+    for name in ("norm1", "norm2"):
+        for kind in (OverPlaces, lambda width: LayerNorm(width, affine=False)):
+            yield f"stem.{name}", model.stem, name, kind(getattr(model.stem, name).weight.shape[0])
+        yield f"block.{name}", block, name, OverPlaces(256)
+    yield "dms.norm", block.dms, "norm", OverPlaces(256)
+    for owner in (model.stem, block.mlp):
+        yield "act", owner, "act", torch.nn.GELU(approximate="tanh")
+    for owner, name in ((block.dms, "in_proj"), (block.dms, "out_proj"), (block.mlp, "fc1"), (block.mlp, "fc2")):
+        layer = getattr(owner, name)
+        double = Doubled(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        double.load_state_dict(layer.state_dict())
+        yield name, owner, name, double
+    yield "lpr", block, "lpr", torch.nn.Identity()
+    yield "drop_path2", block, "drop_path2", torch.nn.Hardtanh(-0.1, 0.1)
+
+
+@pytest.mark.usefixtures("short_pieces")
+def test_layers_that_were_replaced_are_used():
     """What is fused in inference is what the model was built with, nothing that somebody put in its place."""
-    model = small(dims=(16, 256, 16, 16)).eval()
-    x = image(160, 168, batch=8)
+    model, x = shaken(small(dims=(16, 256, 16, 16))), image(160, 168, batch=2)
+    with torch.inference_mode():
+        before = model(x)
+        for name, owner, attribute, layer in list(replacements(model)):
+            old = getattr(owner, attribute)
+            setattr(owner, attribute, layer.eval())
+            changed = model(x)
+            with torch.enable_grad():
+                torch.testing.assert_close(changed, model(x).detach(), atol=1e-4, rtol=1e-4, msg=name)
+            assert not torch.allclose(changed, before, atol=1e-5), name
+            setattr(owner, attribute, old)
+
+
+@pytest.mark.usefixtures("short_pieces")
+def test_a_forward_that_was_set_on_a_layer_is_used():
+    """As adapters do that leave the layer in its place."""
+    model, x = shaken(small(dims=(16, 256, 16, 16))), image(160, 168, batch=2)
     block = model.stages[1].blocks[0]
     with torch.inference_mode():
         before = model(x)
-        block.mlp.act = torch.nn.GELU(approximate="tanh")
-        assert not torch.equal(model(x), before)
-        block.mlp.act = torch.nn.GELU()
-
-        class Doubled(torch.nn.Linear):
-            def forward(self, x):
-                return 2 * super().forward(x)
-
-        for owner, name in ((block.dms, "in_proj"), (block.dms, "out_proj"), (block.mlp, "fc1"), (block.mlp, "fc2")):
-            layer = getattr(owner, name)
-            double = Doubled(layer.in_features, layer.out_features, bias=layer.bias is not None)
-            double.load_state_dict(layer.state_dict())
-            setattr(owner, name, double)
+        for layer in (model.stem.norm1, model.stem.act, block.dms.in_proj, block.mlp.fc1, block.mlp.act, block.norm2):
+            layer.forward = lambda x, forward=layer.forward: 2 * forward(x)
             changed = model(x)
             with torch.enable_grad():
-                torch.testing.assert_close(changed, model(x).detach(), atol=1e-5, rtol=1e-5)
-            assert not torch.allclose(changed, before)
-            setattr(owner, name, layer)
+                torch.testing.assert_close(changed, model(x).detach(), atol=1e-4, rtol=1e-4)
+            assert not torch.allclose(changed, before, atol=1e-5)
+            del layer.forward
 
 
-def test_a_stem_whose_layers_were_replaced_uses_them():
-    """As for blocks, in the part that works in place."""
-    model, x = small().eval(), image(160, 168, batch=4)
-
-    class Shifted(torch.nn.LayerNorm):
-        def forward(self, x):
-            return super().forward(x) + 1
-
+@pytest.mark.usefixtures("short_pieces")
+def test_dropout_that_was_kept_in_training_is_random():
+    """Monte Carlo dropout: the model in inference, its dropout not."""
+    block = shaken(small(dims=(16, 256, 16, 16), proj_drop_rate=0.5)).stages[1].blocks[0]
+    x = torch.randn(2, 20, 21, 256)
     with torch.inference_mode():
-        model.stem.norm1.weight *= 1.5
-        before = model(x)
-        for name, layer in (
-            ("norm1", Shifted(model.stem.norm1.weight.shape[0])),
-            ("norm1", LayerNorm(model.stem.norm1.weight.shape[0], affine=False)),
-            ("norm2", Shifted(model.stem.norm2.weight.shape[0])),
-            ("act", torch.nn.GELU(approximate="tanh")),
-        ):
-            old = getattr(model.stem, name)
-            setattr(model.stem, name, layer)
-            changed = model(x)
-            with torch.enable_grad():
-                torch.testing.assert_close(changed, model(x).detach(), atol=1e-5, rtol=1e-5)
-            assert not torch.equal(changed, before)
-            setattr(model.stem, name, old)
+        assert torch.equal(block(x), block(x))
+        for module in block.modules():
+            module.train(isinstance(module, torch.nn.Dropout))
+        assert not torch.allclose(block(x), block(x))
 
 
+@pytest.mark.usefixtures("short_pieces")
 def test_what_a_caller_gave_is_left_as_it_was():
-    """Work in place is on results of our own: also where a block's LPR was taken out."""
+    """Work in place is on results of our own: also where a layer was taken out, or hands on a view."""
     model = small(dims=(16, 256, 16, 16)).eval()
     block = model.stages[1].blocks[0]
     with torch.inference_mode():
@@ -409,7 +462,7 @@ def test_what_a_caller_gave_is_left_as_it_was():
             kept = x.clone()
             model(x)
             assert torch.equal(x, kept)
-        for lpr in (block.lpr, torch.nn.Identity()):
+        for lpr in (block.lpr, torch.nn.Identity(), torch.nn.Unflatten(0, (8,))):
             block.lpr = lpr
             x = torch.randn(8, 20, 21, 256)
             kept = x.clone()
@@ -417,6 +470,7 @@ def test_what_a_caller_gave_is_left_as_it_was():
             assert torch.equal(x, kept)
 
 
+@pytest.mark.usefixtures("short_pieces")
 def test_a_model_traced_in_inference_takes_other_sizes():
     """A trace holds no number of pieces."""
     model = small(dims=(16, 256, 16, 16)).eval()
@@ -444,6 +498,7 @@ def test_operations_are_counted_in_pieces_too():
     assert counts[0] == 8 * counts[1]
 
 
+@pytest.mark.usefixtures("short_pieces")
 def test_a_hook_sees_the_whole_map_in_inference_too():
     model = small(dims=(16, 256, 16, 16)).eval()
     x = image(160, 168, batch=8)
@@ -453,3 +508,20 @@ def test_a_hook_sees_the_whole_map_in_inference_too():
     with torch.inference_mode():
         model(x)
     assert [tuple(shape) for shape in seen] == [(8, 80, 84, 8), (8, 20, 21, 256)]
+
+
+@pytest.mark.usefixtures("short_pieces")
+def test_a_hook_on_all_modules_may_keep_what_it_sees():
+    model, x, seen = shaken(small(dims=(16, 256, 16, 16))), image(160, 168), []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: seen.append((output, output.clone()))
+    )
+    try:
+        with torch.inference_mode():
+            model.stem(x)
+            model.stages[1].blocks[0](torch.randn(2, 20, 21, 256))
+    finally:
+        handle.remove()
+    assert len(seen) > 20
+    # DMS's SiLU is one that works in place: what its convolution gave changes.
+    assert sum(not torch.equal(kept, copy) for kept, copy in seen) == 1
