@@ -35,8 +35,8 @@ __all__ = ["SSMamba"]
 class Stem(nn.Module):
     """Two 3x3 convolutions of stride 2, each normalised.
 
-    In inference on a CPU norms and activation work in place and in pieces (layers.pieces): the first map is the model's
-    largest.
+    In inference on a CPU norms and activation of large maps work in place and in pieces (layers.pieces): the first map
+    is the model's largest.
 
     Shape: (B, in_chans, H, W) -> (B, ceil(H / 4), ceil(W / 4), dim).
     """
@@ -62,7 +62,8 @@ class Stem(nn.Module):
 
     @torch.jit.ignore
     def _in_pieces(self, x: Tensor) -> bool:
-        return may_overwrite(self, x) and self._is_own()
+        tokens, width = x[:, 0].numel() // 4, self.conv1.out_channels  # of the first map
+        return may_overwrite(self, x) and self._is_own() and piece_length(tokens, width) < tokens
 
     @torch.jit.ignore
     def _forward_in_pieces(self, x: Tensor) -> Tensor:
