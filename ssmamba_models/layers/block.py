@@ -99,8 +99,8 @@ class Block(nn.Module):
             and is_own(dms, DMS)
             and is_own(mlp, Mlp)
             and all(is_own(layer, nn.Linear) for layer in (dms.in_proj, dms.out_proj, mlp.fc1, mlp.fc2))
-            and [dms.in_proj.bias is None, dms.out_proj.bias is None] == [True, True]
-            and [mlp.fc1.bias is None, mlp.fc2.bias is None] == [False, False]
+            and all(layer.bias is None for layer in (dms.in_proj, dms.out_proj))
+            and all(layer.bias is not None for layer in (mlp.fc1, mlp.fc2))
             and all(is_own(norm, LayerNorm) for norm in (self.norm1, dms.norm, self.norm2))
             and is_own(mlp.norm, nn.Identity)
             and is_own(mlp.act, nn.GELU)

@@ -62,8 +62,10 @@ class Stem(nn.Module):
 
     @torch.jit.ignore
     def _in_pieces(self, x: Tensor) -> bool:
-        tokens, width = x[:, 0].numel() // 4, self.conv1.out_channels  # of the first map
-        return may_overwrite(self, x) and self._is_own() and piece_length(tokens, width) < tokens
+        if not (may_overwrite(self, x) and self._is_own()):
+            return False
+        tokens = x[:, 0].numel() // 4  # of the first map
+        return piece_length(tokens, self.conv1.out_channels) < tokens
 
     @torch.jit.ignore
     def _forward_in_pieces(self, x: Tensor) -> Tensor:
