@@ -361,7 +361,9 @@ def test_inference_in_pieces_is_inference(dtype, size):
     with torch.inference_mode():
         final, maps = model.forward_intermediates(x)
     for result, expected in zip((final, *maps), (whole[0], *whole[1])):
-        torch.testing.assert_close(result, expected.detach(), atol=1e-4, rtol=1e-4)
+        # Shaken parameters make larger maps than fresh ones.
+        atol = 5e-5 if dtype == torch.float32 else 1e-10
+        torch.testing.assert_close(result, expected.detach(), atol=atol, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("short_pieces")
@@ -419,7 +421,7 @@ def test_layers_that_were_replaced_are_used():
             setattr(owner, attribute, layer.eval())
             changed = model(x)
             with torch.enable_grad():
-                torch.testing.assert_close(changed, model(x).detach(), atol=1e-4, rtol=1e-4, msg=name)
+                torch.testing.assert_close(changed, model(x).detach(), atol=1e-5, rtol=1e-5, msg=name)
             assert not torch.allclose(changed, before, atol=1e-5), name
             setattr(owner, attribute, old)
 
@@ -435,7 +437,7 @@ def test_a_forward_that_was_set_on_a_layer_is_used():
             layer.forward = lambda x, forward=layer.forward: 2 * forward(x)
             changed = model(x)
             with torch.enable_grad():
-                torch.testing.assert_close(changed, model(x).detach(), atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(changed, model(x).detach(), atol=1e-5, rtol=1e-5)
             assert not torch.allclose(changed, before, atol=1e-5)
             del layer.forward
 
