@@ -12,6 +12,7 @@ from ssmamba_models.layers.dms import DMS
 from ssmamba_models.layers.lpr import LPR
 from ssmamba_models.layers.pieces import are_float32, is_own, may_overwrite, piece_length
 from ssmamba_models.ops.bias_gelu import bias_gelu_
+from ssmamba_models.ops.depthwise import depthwise3x3_
 
 
 @register_notrace_module  # one node for torch.fx: how it works depends on the tensor
@@ -25,7 +26,8 @@ class Block(nn.Module):
         drop: dropout in the MLP. drop_path: stochastic depth rate of both branches.
         scales, d_state, scan_init: see :class:`~ssmamba_models.layers.DMS`.
 
-    Shape: (B, H, W, C) and a hold mask (B, H, W) or None -> (B, H, W, C).
+    Shape: (B, H, W, C) and a hold mask (B, H, W) or None -> (B, H, W, C). With `overwrite` the result may lie in the
+    memory of the input, which the caller then gives up.
     """
 
     def __init__(
@@ -51,10 +53,10 @@ class Block(nn.Module):
         self.inner_width = int(dim * mlp_ratio)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor, hold: Tensor | None = None) -> Tensor:
-        x = self.lpr(x)
+    def forward(self, x: Tensor, hold: Tensor | None = None, overwrite: bool = False) -> Tensor:
         if not torch.jit.is_scripting() and self._in_pieces(x):
-            return self._forward_in_pieces(x, hold)
+            return self._forward_in_pieces(x, hold, overwrite)
+        x = self.lpr(x)
         x = x + self.drop_path1(self.dms(self.norm1(x), hold))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
@@ -66,12 +68,18 @@ class Block(nn.Module):
         return piece_length(tokens, self.inner_width) < tokens
 
     @torch.jit.ignore
-    def _forward_in_pieces(self, x: Tensor, hold: Tensor | None) -> Tensor:
+    def _forward_in_pieces(self, x: Tensor, hold: Tensor | None, overwrite: bool) -> Tensor:
+        plain = x.dtype == torch.float32 and are_float32((self.lpr, self.dms, self.mlp))
+        if plain and overwrite and x.is_contiguous():
+            x = _convolve(x, self.lpr.conv, residual=True)
+        else:
+            x = self.lpr(x)
         tokens = x.reshape(-1, x.shape[-1])
         length = piece_length(len(tokens), self.inner_width)
-        plain = x.dtype == torch.float32 and are_float32((self.dms.in_proj, self.dms.out_proj, self.mlp))
-        # Nothing here keeps the projected map: the scan lets go of it when it has been convolved.
-        parts = self.dms.scan(self._project(tokens, length, plain).view(x.shape), hold)
+        projected = self._project(tokens, length, plain).view(x.shape)
+        projected = _convolve(projected, self.dms.conv, silu=True) if plain else self.dms.convolve(projected)
+        parts = self.dms.scan(projected, hold)
+        del projected
         parts = [part.reshape(-1, part.shape[-1]).split(length) for part in parts]
         for piece, *scanned in zip(tokens.split(length), *parts):
             normed = self.dms.norm(torch.cat(scanned, dim=-1))
@@ -99,6 +107,8 @@ class Block(nn.Module):
             and is_own(dms, DMS)
             and is_own(mlp, Mlp)
             and all(is_own(layer, nn.Linear) for layer in (dms.in_proj, dms.out_proj, mlp.fc1, mlp.fc2))
+            and all(_is_depthwise(conv) for conv in (self.lpr.conv, dms.conv))
+            and is_own(dms.act, nn.SiLU)
             and all(layer.bias is None for layer in (dms.in_proj, dms.out_proj))
             and all(layer.bias is not None for layer in (mlp.fc1, mlp.fc2))
             and all(is_own(norm, LayerNorm) for norm in (self.norm1, dms.norm, self.norm2))
@@ -117,3 +127,16 @@ class Block(nn.Module):
         inner = bias_gelu_(torch.mm(self.norm2(tokens), fc1.weight.t()), fc1.bias)
         tokens += fc2.bias
         torch.addmm(tokens, inner, fc2.weight.t(), out=tokens)
+
+
+def _is_depthwise(conv: nn.Module) -> bool:
+    """Whether this is the convolution of LPR and DMS, with no other geometry set."""
+    if not is_own(conv, nn.Conv2d) or conv.bias is None or conv.padding_mode != "zeros":
+        return False
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    return geometry == ((3, 3), (1, 1), (1, 1), (1, 1)) and conv.groups == conv.in_channels == conv.out_channels
+
+
+def _convolve(x: Tensor, conv: nn.Conv2d, silu: bool = False, residual: bool = False) -> Tensor:
+    assert conv.bias is not None  # as _is_depthwise has found
+    return depthwise3x3_(x, conv.weight, conv.bias, silu, residual)

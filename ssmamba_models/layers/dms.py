@@ -189,14 +189,14 @@ class DMS(nn.Module):
     def forward(self, x: Tensor, hold: Tensor | None = None) -> Tensor:
         if hold is not None and not torch.jit.is_scripting():
             _check_hold(hold, x)
-        return self.out_proj(self.norm(torch.cat(self.scan(self.in_proj(x), hold), dim=-1)))
+        return self.out_proj(self.norm(torch.cat(self.scan(self.convolve(self.in_proj(x)), hold), dim=-1)))
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The scans' input from the projected one. Shape: (B, H, W, C) -> (B, H, W, C)."""
+        return self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
     def scan(self, x: Tensor, hold: Tensor | None = None) -> list[Tensor]:
-        """The part of the module that looks at neighbours: from the input projection to the scans' results.
-
-        Shape: (B, H, W, C) -> one (B, H, W, C_i) per scale, the C_i adding up to C.
-        """
-        x = self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        """The scans' results, to be put beside each other. Shape: (B, H, W, C) -> one (B, H, W, C_i) per scale."""
         parts = torch.split(x, self.widths, dim=-1)
         out: list[Tensor] = []
         for i, scan in enumerate(self.scans):

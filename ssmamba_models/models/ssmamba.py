@@ -139,12 +139,29 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, hold: Tensor | None = None) -> Tensor:
         x = self.downsample(x)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x, hold)
+            elif not torch.jit.is_scripting() and self._is_sole_owner(x, i):
+                x = block(x, hold, overwrite=True)
             else:
                 x = block(x, hold)
         return x
+
+    @torch.jit.ignore
+    def _is_sole_owner(self, x: Tensor, i: int) -> bool:
+        """Whether `x`, which the i-th block is about to take, is a map that nobody else can hold.
+
+        So it is if our own layer made it and no hook has seen it. A block of another kind may not know `overwrite`, and
+        torch.fx (x is then none of torch's tensors) makes graphs that hand on what is between blocks.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, Tensor):
+            return False
+        if not is_own(self.blocks[i], Block):
+            return False
+        maker = self.blocks[i - 1] if i > 0 else self.downsample
+        is_ours = is_own(maker, Block) or is_own(maker, Downsample)
+        return is_ours and not any(part._forward_hooks for part in maker.modules())
 
 
 class SSMamba(nn.Module):

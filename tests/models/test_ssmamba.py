@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from timm.layers import LayerNorm
+from timm.models import create_feature_extractor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -407,6 +408,13 @@ def replacements(model: SSMamba):
         double.load_state_dict(layer.state_dict())
         yield name, owner, name, double
     yield "lpr", block, "lpr", torch.nn.Identity()
+    for owner in (block.lpr, block.dms):
+        for changes in ({"padding_mode": "circular"}, {"dilation": 2, "padding": 2}, {"bias": False}):
+            conv = torch.nn.Conv2d(256, 256, 3, groups=256, **{"padding": 1, **changes})
+            if owner is block.dms:  # LPR reads its convolution's weights alone
+                conv.load_state_dict(owner.conv.state_dict(), strict=False)
+            yield f"conv {changes}", owner, "conv", conv
+    yield "dms.act", block.dms, "act", torch.nn.ReLU()
     yield "drop_path2", block, "drop_path2", torch.nn.Hardtanh(-0.1, 0.1)
 
 
@@ -433,7 +441,9 @@ def test_a_forward_that_was_set_on_a_layer_is_used():
     block = model.stages[1].blocks[0]
     with torch.inference_mode():
         before = model(x)
-        for layer in (model.stem.norm1, model.stem.act, block.dms.in_proj, block.mlp.fc1, block.mlp.act, block.norm2):
+        dms, mlp = block.dms, block.mlp
+        layers = [model.stem.norm1, model.stem.act, block.lpr, block.norm2]
+        for layer in (*layers, dms.in_proj, dms.conv, dms.act, mlp.fc1, mlp.act):
             layer.forward = lambda x, forward=layer.forward: 2 * forward(x)
             changed = model(x)
             with torch.enable_grad():
@@ -472,6 +482,60 @@ def test_what_a_caller_gave_is_left_as_it_was():
             assert torch.equal(x, kept)
 
 
+class Remembers(torch.nn.Module):
+    """A block of another's making, which keeps what it hands on and knows no more than a map and a mask."""
+
+    def forward(self, x, hold=None):
+        self.kept, self.copy = x, x.clone()
+        return x
+
+
+@pytest.mark.usefixtures("short_pieces")
+def test_what_somebody_may_hold_between_blocks_is_left_as_it_was():
+    """A block writes over the map before it only where nobody can have kept that map."""
+    model, x = shaken(small(dims=(16, 256, 16, 16), depths=(1, 4, 1, 1))), image(160, 168, batch=8)
+    first, second = model.stages[:2]
+    seen = []
+    for layer in (model.stem, second.downsample.norm, second.blocks[1]):
+        layer.register_forward_hook(lambda module, inputs, output: seen.append((output, output.clone())))
+    for stage, i in ((second, 2), (model.stages[2], 0)):
+        stage.blocks[i] = Remembers()
+    with torch.no_grad():
+        model(x)
+        first.blocks[0] = Remembers()
+        model(x)
+    assert len(seen) == 6
+    for kept, copy in (*seen, *((b.kept, b.copy) for b in (first.blocks[0], second.blocks[2]))):
+        assert torch.equal(kept, copy)
+
+
+@pytest.mark.usefixtures("short_pieces")
+def test_features_between_blocks_are_those_of_a_graph():
+    """torch.fx makes a graph that hands on every block's map."""
+    model, x = shaken(small(dims=(16, 256, 16, 16), depths=(1, 3, 1, 1))), image(160, 168, batch=8)
+    names = [f"stages.1.blocks.{i}" for i in range(3)]
+    with torch.no_grad():
+        extractor = create_feature_extractor(model, names)
+        maps = extractor(x)
+    wanted = extractor(x)
+    for name in names:
+        torch.testing.assert_close(maps[name], wanted[name].detach(), atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("short_pieces")
+def test_a_block_overwrites_what_it_was_given_up():
+    block = shaken(small(dims=(16, 256, 16, 16))).stages[1].blocks[0]
+    x = torch.randn(8, 20, 21, 256)
+    with torch.no_grad():
+        wanted = block(x.clone())
+        mine = x.clone()
+        result = block(mine, overwrite=True)
+        assert result.data_ptr() == mine.data_ptr()
+        torch.testing.assert_close(result, wanted, atol=1e-5, rtol=1e-5)
+        turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+        torch.testing.assert_close(block(turned, overwrite=True), wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.usefixtures("short_pieces")
 def test_a_model_traced_in_inference_takes_other_sizes():
     """A trace holds no number of pieces."""
@@ -489,8 +553,6 @@ def test_shapes_can_be_asked_without_computing():
 
 
 def test_operations_are_counted_in_pieces_too():
-    from torch.utils.flop_counter import FlopCounterMode
-
     model, x = small(dims=(16, 256, 16, 16)).eval(), image(160, 168, batch=8)
     counts = []
     for images in (x, x[:1]):

@@ -70,6 +70,22 @@ def run_bias_gelu(cases: int, seed: int) -> None:
         torch.testing.assert_close(x, wanted, atol=2e-6, rtol=2e-6)
 
 
+def run_depthwise(cases: int, seed: int) -> None:
+    """The convolution of inference on random shapes, on one thread and on two."""
+    dice = random.Random(seed)
+    for number in range(cases):
+        torch.set_num_threads(1 + number % 2)
+        channels = dice.choice([1, 15, 16, 17, 40, 64, 70, 256])
+        shape = dice.randint(1, 3), dice.randint(1, 9), dice.randint(1, 9), channels
+        silu, residual = dice.random() < 0.5, dice.random() < 0.5
+        print("depthwise3x3_", shape, silu, residual, flush=True)
+        x, weight, bias = torch.randn(shape), torch.randn(channels, 1, 3, 3), torch.randn(channels)
+        wanted = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=channels)
+        wanted = wanted.permute(0, 2, 3, 1) + (x if residual else 0)
+        backend.depthwise3x3_(x, weight, bias, silu, residual)
+        torch.testing.assert_close(x, torch.nn.functional.silu(wanted) if silu else wanted, atol=1e-5, rtol=1e-5)
+
+
 def overrun() -> None:
     """Tell a kernel that its input is longer than it is."""
     x, weight, y = torch.ones(1, 1, 64), torch.ones(1, 4), torch.empty(1, 1, 64)
@@ -85,4 +101,5 @@ if __name__ == "__main__":
     else:
         run(int(sys.argv[2]), seed=int(sys.argv[3]))
         run_bias_gelu(int(sys.argv[2]), seed=int(sys.argv[3]))
+        run_depthwise(int(sys.argv[2]), seed=int(sys.argv[3]))
     print("clean")

@@ -19,6 +19,7 @@ FUNCTIONS = (
     "ssmamba_conv_forward",
     "ssmamba_conv_backward",
     "ssmamba_bias_gelu",
+    "ssmamba_depthwise",
 )
 
 
