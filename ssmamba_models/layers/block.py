@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssmamba_models.layers.dms import DMS
 from ssmamba_models.layers.lpr import LPR
-from ssmamba_models.layers.pieces import are_float32, is_own, may_overwrite, piece_length
+from ssmamba_models.layers.pieces import are_float32, is_inference, is_own, is_unwatched, piece_length
 from ssmamba_models.ops.bias_gelu import bias_gelu_
 from ssmamba_models.ops.depthwise import depthwise3x3_
 
@@ -54,18 +54,19 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, hold: Tensor | None = None, overwrite: bool = False) -> Tensor:
-        if not torch.jit.is_scripting() and self._in_pieces(x):
+        if not torch.jit.is_scripting() and self.works_in_pieces(x):
             return self._forward_in_pieces(x, hold, overwrite)
         x = self.lpr(x)
         x = x + self.drop_path1(self.dms(self.norm1(x), hold))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
     @torch.jit.ignore
-    def _in_pieces(self, x: Tensor) -> bool:
-        if not (may_overwrite(self, x) and self._is_own()):
+    def works_in_pieces(self, x: Tensor) -> bool:
+        """Whether this input is taken in pieces, over memory of the block's own, or of the input if it is given up."""
+        if not is_inference(x):
             return False
         tokens = x[..., 0].numel()
-        return piece_length(tokens, self.inner_width) < tokens
+        return piece_length(tokens, self.inner_width) < tokens and is_unwatched(self) and self._is_own()
 
     @torch.jit.ignore
     def _forward_in_pieces(self, x: Tensor, hold: Tensor | None, overwrite: bool) -> Tensor:
@@ -91,7 +92,7 @@ class Block(nn.Module):
         return tokens.view(x.shape)
 
     def _project(self, tokens: Tensor, length: int, plain: bool) -> Tensor:
-        projected = torch.empty_like(tokens)
+        projected = tokens.new_empty(tokens.shape)  # contiguous, whatever the tokens are
         for piece, result in zip(tokens.split(length), projected.split(length)):
             if plain:
                 torch.mm(self.norm1(piece), self.dms.in_proj.weight.t(), out=result)

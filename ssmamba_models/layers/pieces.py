@@ -20,19 +20,21 @@ def piece_length(items: int, elements: int) -> int:
     return max(1, -(-items // pieces))
 
 
-def may_overwrite(module: nn.Module, x: Tensor) -> bool:
-    """Whether `module` may compute what follows `x` in pieces, over the memory of its own intermediate results.
+def is_inference(x: Tensor) -> bool:
+    """Whether what follows `x` may be computed in pieces, over the memory of intermediate results.
 
     Not where gradients need those results, not under a compiler, which fuses by itself, or a tracer, which would record
-    so many pieces, and not under autocast, where a piece's dtype would not be the map's. A hook expects the whole map,
-    and dropout that is kept in training mode is to be heard.
+    so many pieces, and not under autocast, where a piece's dtype would not be the map's. A hook expects the whole map.
     """
-    if torch.is_grad_enabled() or x.device.type != "cpu":
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.device.type != "cpu":
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+    if torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
         return False
-    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
-        return False
+    return not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+
+
+def is_unwatched(module: nn.Module) -> bool:
+    """Whether no part of the module has a hook, or dropout that was kept in training mode and is to be heard."""
     return not any(part.training or part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 

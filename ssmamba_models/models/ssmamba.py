@@ -23,7 +23,7 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ssmamba_models.layers.block import Block
-from ssmamba_models.layers.pieces import are_float32, is_own, may_overwrite, piece_length
+from ssmamba_models.layers.pieces import are_float32, is_inference, is_own, is_unwatched, piece_length
 from ssmamba_models.models.published import check_cfg
 from ssmamba_models.ops.bias_gelu import bias_gelu_
 from ssmamba_models.weights import weight_source
@@ -62,7 +62,7 @@ class Stem(nn.Module):
 
     @torch.jit.ignore
     def _in_pieces(self, x: Tensor) -> bool:
-        if not (may_overwrite(self, x) and self._is_own()):
+        if not (is_inference(x) and is_unwatched(self) and self._is_own()):
             return False
         tokens = x[:, 0].numel() // 4  # of the first map
         return piece_length(tokens, self.conv1.out_channels) < tokens
@@ -150,18 +150,17 @@ class Stage(nn.Module):
 
     @torch.jit.ignore
     def _is_sole_owner(self, x: Tensor, i: int) -> bool:
-        """Whether `x`, which the i-th block is about to take, is a map that nobody else can hold.
+        """Whether `x`, which the i-th block is about to take in pieces, is a map that nobody else can hold.
 
-        So it is if our own layer made it and no hook has seen it. A block of another kind may not know `overwrite`, and
-        torch.fx (x is then none of torch's tensors) makes graphs that hand on what is between blocks.
+        So it is if layers of our own made it and no hook has seen it. A block of another kind may not know `overwrite`.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, Tensor):
-            return False
-        if not is_own(self.blocks[i], Block):
+        block = self.blocks[i]
+        if not (is_inference(x) and is_own(block, Block) and block.works_in_pieces(x)):
             return False
         maker = self.blocks[i - 1] if i > 0 else self.downsample
-        is_ours = is_own(maker, Block) or is_own(maker, Downsample)
-        return is_ours and not any(part._forward_hooks for part in maker.modules())
+        # What a Downsample hands on is its norm's result; that of a block is always the block's own.
+        is_ours = is_own(maker, Block) or (is_own(maker, Downsample) and is_own(maker.norm, LayerNorm))
+        return is_ours and is_unwatched(maker)
 
 
 class SSMamba(nn.Module):

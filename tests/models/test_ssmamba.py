@@ -493,20 +493,40 @@ class Remembers(torch.nn.Module):
 @pytest.mark.usefixtures("short_pieces")
 def test_what_somebody_may_hold_between_blocks_is_left_as_it_was():
     """A block writes over the map before it only where nobody can have kept that map."""
-    model, x = shaken(small(dims=(16, 256, 16, 16), depths=(1, 4, 1, 1))), image(160, 168, batch=8)
+    model, x = shaken(small(dims=(16, 256, 16, 16), depths=(2, 4, 1, 1))), image(160, 168, batch=8)
     first, second = model.stages[:2]
     seen = []
+
+    def keep(output):
+        seen.append((output, output.clone()))
+        return output
+
     for layer in (model.stem, second.downsample.norm, second.blocks[1]):
-        layer.register_forward_hook(lambda module, inputs, output: seen.append((output, output.clone())))
+        layer.register_forward_hook(lambda module, inputs, output: keep(output))
     for stage, i in ((second, 2), (model.stages[2], 0)):
         stage.blocks[i] = Remembers()
     with torch.no_grad():
         model(x)
         first.blocks[0] = Remembers()
         model(x)
-    assert len(seen) == 6
-    for kept, copy in (*seen, *((b.kept, b.copy) for b in (first.blocks[0], second.blocks[2]))):
+        second.downsample.norm._forward_hooks.clear()
+        second.downsample.norm.forward = lambda x, forward=second.downsample.norm.forward: keep(forward(x))
+        model(x)
+    assert len(seen) == 9
+    for kept, copy in (*seen, *((block.kept, block.copy) for block in (first.blocks[0], second.blocks[2]))):
         assert torch.equal(kept, copy)
+
+
+@pytest.mark.usefixtures("short_pieces")
+def test_a_block_can_be_called_again_with_what_a_hook_saw():
+    model, x, calls = shaken(small(dims=(16, 256, 16, 16), depths=(1, 3, 1, 1))), image(160, 168, batch=8), []
+    block = model.stages[1].blocks[1]
+    block.register_forward_pre_hook(lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        model(x)
+        block._forward_pre_hooks.clear()
+        args, kwargs = calls[0]
+        assert torch.equal(block(*args, **kwargs), block(*args, **kwargs))
 
 
 @pytest.mark.usefixtures("short_pieces")
@@ -532,8 +552,13 @@ def test_a_block_overwrites_what_it_was_given_up():
         result = block(mine, overwrite=True)
         assert result.data_ptr() == mine.data_ptr()
         torch.testing.assert_close(result, wanted, atol=1e-5, rtol=1e-5)
-        turned = x.transpose(1, 2).contiguous().transpose(1, 2)
-        torch.testing.assert_close(block(turned, overwrite=True), wanted, atol=1e-5, rtol=1e-5)
+        for overwrite in (False, True):
+            for map_, expected in ((x, wanted), (x[:1], wanted[:1])):
+                for order in ((0, 2, 1, 3), (0, 3, 1, 2)):  # in memory; the second is torch's usual one of images
+                    back = [order.index(i) for i in range(4)]
+                    turned = map_.permute(order).contiguous().permute(back)
+                    result = block(turned, overwrite=overwrite)
+                    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("short_pieces")
