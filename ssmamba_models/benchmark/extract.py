@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ssmamba_models.benchmark.machine import describe_machine, machine_line, require_device
+from ssmamba_models.benchmark.memory import start_high_water_mark
 from ssmamba_models.benchmark.models import DEFAULT_MODEL
 from ssmamba_models.benchmark.report import format_table
 from ssmamba_models.benchmark.timing import thread_count
@@ -33,8 +34,8 @@ _MIB = 2**20
 # shared machine's speed varies by a fifth from one batch to the next, and a run is the mean of many.
 _LEAST_ALONE, _MOST_ALONE = 2.0, 15.0  # seconds
 
-# Memory is looked at so often.
-_SAMPLE_SECONDS = 0.05
+# Memory is looked at so often: peaks are kept by the kernel, and a process that ends is missed by no more.
+_SAMPLE_SECONDS = 1.0
 
 Progress = Callable[[str], None]
 
@@ -230,35 +231,56 @@ def _tissue_tiles() -> Iterator[np.ndarray]:
 
 @contextlib.contextmanager
 def _peak_memory() -> Iterator[list[float]]:
-    """Sample the memory of this process and its children; the list is filled as time passes."""
-    samples: list[float] = []
+    """Memory at its most while the block runs, MiB: this process's and its children's peaks together, which is no less
+    than their peak. The list is filled as time passes, and complete after the block; empty where the system does not
+    tell.
+    """
+    peaks: list[float] = []
     stopped = threading.Event()
+    start_high_water_mark()
 
     def look() -> None:
+        # Seldom: looking takes a core's time from the model.
         while not stopped.wait(_SAMPLE_SECONDS):
-            sample = memory_mib()
-            if sample is not None:
-                samples.append(sample)
+            peak = memory_mib("VmHWM")
+            if peak is not None:
+                peaks.append(peak)
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
     try:
-        yield samples
+        yield peaks
     finally:
         stopped.set()
         thread.join()
+        peak = memory_mib("VmHWM")
+        if peak is not None:
+            peaks.append(peak)
 
 
-def memory_mib() -> float | None:
-    """Resident memory of this process and its children, MiB; None where the system does not tell (no /proc)."""
+def memory_mib(kind: str = "VmRSS") -> float | None:
+    """Memory of this process and its children, MiB; None where the system does not tell (no /proc).
+
+    Args:
+        kind: "VmRSS", what is resident now, or "VmHWM", the most that each had.
+    """
     own = Path("/proc/self")
-    if not (own / "statm").exists():
+    if not (own / "status").exists():
         return None
     pid = int((own / "stat").read_text().split()[0])
-    return sum(_resident(number) for number in [pid, *_children(pid)]) / _MIB
+    return sum(_resident(number, kind) for number in [pid, *_children(pid)]) / _MIB
 
 
 def _children(pid: int) -> list[int]:
+    found, lists = [], list(Path(f"/proc/{pid}/task").glob("*/children"))
+    for path in lists:
+        with contextlib.suppress(OSError):
+            found += [int(child) for child in path.read_text().split()]
+    return found if lists else _children_among_all(pid)
+
+
+def _children_among_all(pid: int) -> list[int]:
+    """As `_children`, of kernels without such lists."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError, ValueError):
@@ -267,10 +289,10 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def _resident(pid: int) -> int:
+def _resident(pid: int, kind: str) -> int:
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
+            if line.startswith(f"{kind}:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass

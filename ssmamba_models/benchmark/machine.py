@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import sys
 from pathlib import Path
 
 import timm
 import torch
 
 from ssmamba_models._version import __version__
+from ssmamba_models.cores import count_cores
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict:
@@ -24,7 +24,7 @@ def describe_machine(device: torch.device | str = "cpu") -> dict:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
         "simd": torch.backends.cpu.get_cpu_capability(),
-        "cores": _usable_cores(),
+        "cores": count_cores(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "gpu": _gpu_name(torch.device(device)),
@@ -72,13 +72,6 @@ def _cpu_model() -> str:
             if key.strip() in ("model name", "Hardware", "Model"):
                 return value.strip()
     return platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int:
-    """Cores that this process may run on, which in a container are fewer than the machine has."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _gpu_name(device: torch.device) -> str | None:

@@ -61,7 +61,7 @@ def _peak_on_cpu(spec: StepSpec) -> float:
 
 def growth_mib(call: Callable[[], object]) -> float:
     """MiB by which a call raises this process's high-water mark; true in a process that did nothing large before."""
-    before = _start_high_water_mark()
+    before = start_high_water_mark()
     call()
     return (_high_water_mark() - before) / MIB
 
@@ -74,7 +74,7 @@ def _load_libraries() -> None:
     optimizer.step()
 
 
-def _start_high_water_mark() -> int:
+def start_high_water_mark() -> int:
     """Bytes in use now, from which the mark is to rise."""
     if sys.platform != "linux":
         return _high_water_mark()

@@ -19,6 +19,7 @@ from ssmamba_models.data.hdf5 import require_h5py
 from ssmamba_models.data.tile_files import FeatureWriter, write_features
 from ssmamba_models.data.tiles import TileDataset, TileFolder, collate_tiles, find_tiles
 from ssmamba_models.engine.encoder import Encoder, load_encoder
+from ssmamba_models.engine.processes import default_workers
 from ssmamba_models.engine.short_memory import out_of_memory
 from ssmamba_models.output import check_output
 
@@ -158,15 +159,9 @@ def _loader(tiles: TileFolder, encoder: Encoder, batch_size: int, workers: int |
         batch_size=batch_size,
         collate_fn=collate_tiles,
         # A process without a batch to decode costs its start and nothing else.
-        num_workers=min(_default_workers(encoder.device) if workers is None else workers, batches),
+        num_workers=min(default_workers(encoder.device, 1) if workers is None else workers, batches),
         pin_memory=encoder.device.type == "cuda",
     )
-
-
-def _default_workers(device: torch.device) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # On a CPU the model needs the cores itself, and one process decodes faster than it computes.
-    return min(8, cores) if device.type != "cpu" else 1
 
 
 def _progress_bar(count: int, progress: bool, title: str) -> tqdm:

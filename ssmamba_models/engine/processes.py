@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import os
 import signal
 import threading
 import time
@@ -12,6 +11,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+
+from ssmamba_models.cores import count_cores
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -66,9 +67,8 @@ def _usable(device: str) -> torch.device:
 
 def default_workers(device: torch.device | None, processes: int) -> int:
     """How many processes read tiles for each training process; without a device nothing else computes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # On a CPU the model needs the cores itself, and one process reads faster than it computes.
-    return 1 if device is not None and device.type == "cpu" else min(8, max(1, cores // processes))
+    return 1 if device is not None and device.type == "cpu" else min(8, max(1, count_cores() // processes))
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:

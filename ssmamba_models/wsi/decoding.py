@@ -24,7 +24,8 @@ from ssmamba_models.wsi.reader import Slide, open_slide
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.tissue import tissue_mask
 
-_THUMBNAIL = 1024
+# The longer side of a thumbnail, px, at most, and of a level at least that is taken for one.
+_THUMBNAIL, _LEAST_THUMBNAIL = 1024, 640
 # Decoded pixels that a process keeps for neighbouring tiles, and slides that it keeps open.
 _CACHE_BYTES, _OPEN_SLIDES = 64 * 2**20, 2
 
@@ -237,12 +238,18 @@ def _thumbnail(slide: Slide, overview: Overview) -> tuple[np.ndarray, float]:
     height, width = overview.image.shape[:2]
     if max(height, width) < _THUMBNAIL:
         try:
-            return slide.thumbnail(_THUMBNAIL)
+            return slide.thumbnail(_thumbnail_side(slide))
         except TileError:
             return overview.image, overview.downsample
     shrink = max(height, width) / _THUMBNAIL
     size = (max(round(width / shrink), 1), max(round(height / shrink), 1))
     return np.asarray(Image.fromarray(overview.image).resize(size)), overview.downsample * shrink
+
+
+def _thumbnail_side(slide: Slide) -> int:
+    # A level as it is costs a small part of what shrinking the next finer one does.
+    sides = [max(slide.dimensions) / downsample for downsample in slide.level_downsamples]
+    return next((int(side) for side in sides if _LEAST_THUMBNAIL <= side <= _THUMBNAIL), _THUMBNAIL)
 
 
 def _read(slide: Slide, task: ReadTask) -> Tiles:

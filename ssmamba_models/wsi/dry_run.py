@@ -80,7 +80,7 @@ def dry_run(
     encoder = plan.load()
     job = Job(out, plan.settings(encoder, encoder.provenance()))
     job.check_place()
-    workers = default_workers(encoder.encoder.device, 1) if plan.workers is None else plan.workers
+    workers = default_workers(None, 1) if plan.workers is None else plan.workers
     planned = count_tiles(job, found, plan, workers, progress=progress)
     pending = [slide.tiles for slide in planned if slide.status == PENDING]
     bag_tiles = len(pending) * plan.shared_aug * plan.shared_aug_tiles

@@ -22,6 +22,7 @@ from ssmamba_models.wsi.job_run import JobResult, follow, job_standing, progress
 from ssmamba_models.wsi.local_engine import LocalEngine, Timing
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.tile_encoder import TileEncoder
+from ssmamba_models.wsi.turns import takes_all_cores
 
 Places = str | os.PathLike | Iterable[str | os.PathLike]
 
@@ -81,7 +82,11 @@ def extract_slides(
 
 
 def _workers(plan: ExtractPlan) -> int:
-    return default_workers(resolve_device(plan.device), 1) if plan.workers is None else plan.workers
+    if plan.workers is not None:
+        return plan.workers
+    device = resolve_device(plan.device)
+    # In turn with a model, all cores may read.
+    return default_workers(None if takes_all_cores(device) else device, 1)
 
 
 def _extract(

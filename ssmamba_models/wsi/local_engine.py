@@ -1,4 +1,4 @@
-"""Extraction on this machine: processes decode ahead, across the borders of slides; the model takes batch after batch.
+"""Extraction on this machine: processes decode tiles, across the borders of slides; the model takes batch after batch.
 
 A batch holds tiles of one slide, or of one of its bags of shared augmentation, cut at fixed places (tiles 0..B-1,
 B..2B-1, ...). So a slide's bytes depend on the batch size and the device alone, not on neighbours, workers, shards or
@@ -27,6 +27,7 @@ from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.slide_run import SlideRun
 from ssmamba_models.wsi.slides_ahead import SlidesAhead
 from ssmamba_models.wsi.tile_encoder import TileEncoder
+from ssmamba_models.wsi.turns import Turns
 
 # Tiles that a process reads at a time: enough to outweigh the asking, few enough that all share a batch.
 _CHUNK = 16
@@ -83,8 +84,7 @@ class LocalEngine:
     def __init__(self, job: Job, encoder: TileEncoder, decoders: Decoders, batch_size: int, timing: Timing):
         self._job, self._encoder, self._decoders = job, encoder, decoders
         self._batch_size, self._timing = batch_size, timing
-        # Two batches, and a chunk for each process: memory is bounded by this, whatever the slides' size.
-        self._room = 2 * batch_size + max(decoders.workers, 1) * min(_CHUNK, batch_size)
+        self._turns = Turns(encoder.encoder.device)
         self._ahead = SlidesAhead[SlideRun](decoders, self._prepare_task, self._result)
         self._cutting: tuple[SlideRun, Iterator[Part]] | None = None
         self._batches: deque[_Batch] = deque()
@@ -119,7 +119,8 @@ class LocalEngine:
                 batch = self._next(runs)
                 gathered = None if batch is None else self._gather(batch)
                 self._fill(runs, wait=False)
-                started = None if gathered is None else (batch, gathered[1], self._start(batch, gathered[0]))
+                with self._turns.computing():
+                    started = None if gathered is None else (batch, gathered[1], self._start(batch, gathered[0]))
                 if computing is not None:
                     self._store(*computing, tell)
                 computing = started
@@ -146,7 +147,7 @@ class LocalEngine:
         """Have tiles read until there is no more room; `wait` for a slide's tissue, if there is nothing else to do."""
         while True:
             self._ahead.prepare(runs)
-            if self._tiles_ahead >= self._room:
+            if self._tiles_ahead >= self._room(wait):
                 return
             if self._cutting is None:
                 run = self._ahead.begin_next(wait and not self._batches)
@@ -162,6 +163,19 @@ class LocalEngine:
             else:
                 self._submit(run, part)
 
+    def _room(self, wait: bool) -> int:
+        """Tiles that may be read ahead: memory is bounded by this, whatever the slides' size."""
+        if self._turns.kept:
+            return self._batch_size if wait else 0
+        # Two batches, and a chunk for each process.
+        return 2 * self._batch_size + max(self._decoders.workers, 1) * min(_CHUNK, self._batch_size)
+
+    @property
+    def _chunk(self) -> int:
+        # In turn, all processes shall have a share of a batch.
+        share = -(-self._batch_size // max(self._decoders.workers, 1)) if self._turns.kept else _CHUNK
+        return min(share, _CHUNK)
+
     def _prepare_task(self, slide: SlideFile) -> PrepareTask:
         settings, job = self._job.settings, self._job
         return PrepareTask(
@@ -176,8 +190,9 @@ class LocalEngine:
 
     def _submit(self, run: SlideRun, part: Part) -> None:
         settings, batch = self._job.settings, _Batch(run, part)
-        for start in range(0, batch.size, _CHUNK):
-            coords = part.coords[start : start + _CHUNK]
+        chunk = self._chunk
+        for start in range(0, batch.size, chunk):
+            coords = part.coords[start : start + chunk]
             task = ReadTask(
                 run.slide,
                 coords,
@@ -195,7 +210,8 @@ class LocalEngine:
         buffer, place, bad = self._buffers[0], 0, []
         self._buffers.rotate()
         for chunk in batch.chunks:
-            tiles = self._result(batch.run, chunk)
+            with self._turns.reading():
+                tiles = self._result(batch.run, chunk)
             if tiles is None:
                 _cancel(batch)
                 return None

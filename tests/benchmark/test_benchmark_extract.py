@@ -1,6 +1,9 @@
 """`benchmark extract` on a tiny model: the rows, the synthetic slide, the memory, and what is refused."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -41,6 +44,28 @@ def test_report_is_json_and_the_table_fits(report):
     table = format_extract(report)
     assert f"end to end {report['summary']['share']:.0%} of the model alone" in table
     assert max(map(len, table.splitlines())) <= 120
+
+
+@pytest.mark.skipif(benchmark.memory_mib() is None, reason="this system does not tell the memory of processes")
+def test_memory_is_of_this_process_and_its_children():
+    before, peak_before = benchmark.memory_mib(), benchmark.memory_mib("VmHWM")
+    hold = "import sys; held = bytearray(b'1') * 2**28; del held; print('.', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        now, peak = benchmark.memory_mib(), benchmark.memory_mib("VmHWM")
+        child.stdin.close()
+    assert 2 < now - before < 200
+    assert peak - peak_before > 256
+
+
+@pytest.mark.skipif(benchmark.memory_mib() is None, reason="this system does not tell the memory of processes")
+def test_children_are_found_without_lists_of_them():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        found = benchmark._children(os.getpid()), benchmark._children_among_all(os.getpid())
+        child.stdin.close()
+    assert child.pid in found[0]
+    assert child.pid in found[1]
 
 
 def test_the_synthetic_slide_is_a_pyramid_of_tissue(tmp_path):

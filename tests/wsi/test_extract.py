@@ -4,22 +4,27 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("h5py", reason="feature files need the [wsi] extra")
 pytest.importorskip("openslide", reason="slides need the [wsi] extra")
 
-from job_cases import FEATURES, TILE, TINY, digests, events, extract, leftovers, make_slides
+from job_cases import FEATURES, TILE, TINY, digests, disc, events, extract, leftovers, make_slides
+from slide_files import make_pyramid
 
 from ssmamba_models.data.feature_check import check_slide_features
 from ssmamba_models.data.features import read_slide_features
 from ssmamba_models.engine.encoder import load_encoder
 from ssmamba_models.locks import Locks
-from ssmamba_models.wsi import local_engine
+from ssmamba_models.wsi import local_engine, turns
+from ssmamba_models.wsi.decode_processes import Decoders
+from ssmamba_models.wsi.decoding import Decoder, ReadTask
 from ssmamba_models.wsi.dry_run import dry_run
 from ssmamba_models.wsi.extract_plan import ExtractPlan
 from ssmamba_models.wsi.reader import open_slide
@@ -138,6 +143,15 @@ class TestOutputs:
         assert read.attributes["input_size"] == [3, TILE, TILE]
         assert np.isfinite(read.features).all()
 
+    @pytest.mark.parametrize(
+        ("levels", "size"), [((1, 4), (800, 600)), ((1, 2, 8), (1024, 768)), ((1, 2, 5), (640, 480))]
+    )
+    def test_a_thumbnail_is_a_level_as_it_is_where_that_is_large_enough(self, tmp_path, levels, size):
+        make_pyramid(tmp_path / "a.tif", (3200, 2400), mpp=0.5, levels=levels, content=disc)
+        extract(tmp_path / "a.tif", tmp_path / "job")
+        with Image.open(tmp_path / "job" / "thumbnails" / "a.png") as picture:
+            assert picture.size == size
+
     def test_a_real_slide(self, data_root, tmp_path):
         path = data_root / "slides" / "cmu-1-small-region.svs"
         result = extract(path, tmp_path / "job", mpp=2.0, workers=1)
@@ -173,6 +187,72 @@ class TestSameBytes:
         (copy / FEATURES / "c.h5").write_bytes(data[: len(data) // 2])
         assert extract(slides, copy).new == 2
         assert digests(copy) == digests(whole)
+
+
+class TestTurns:
+    """On a CPU whose cores the model takes all, tiles are read while it waits, unless that takes long."""
+
+    @pytest.fixture
+    def reads(self, monkeypatch):
+        """For each batch that the model takes, how many chunks of tiles are still read or waited for."""
+        chunks, unread = [], []
+        submit, start = Decoders.submit, TileEncoder.start
+
+        def watch_submit(decoders, task):
+            future = submit(decoders, task)
+            if isinstance(task, ReadTask):
+                chunks.append(future)
+            return future
+
+        def watch_start(encoder, pixels):
+            # Slow enough for reading to begin meanwhile, if it is to.
+            time.sleep(0.02)
+            unread.append(len(chunks) - sum(future in taken or future.done() for future in chunks))
+            taken.update(chunks[: len(chunks) - unread[-1]])
+            return start(encoder, pixels)
+
+        taken = set()
+        monkeypatch.setattr(Decoders, "submit", watch_submit)
+        monkeypatch.setattr(TileEncoder, "start", watch_start)
+        return unread
+
+    @pytest.fixture
+    def all_cores(self, monkeypatch):
+        monkeypatch.setattr(turns, "count_cores", lambda: 1)
+
+    @pytest.mark.parametrize("workers", [0, 1, 3])
+    def test_the_same_bytes_in_turn(self, slides, whole, tmp_path, all_cores, workers):
+        extract(slides, tmp_path / "job", workers=workers)
+        assert digests(tmp_path / "job") == digests(whole)
+
+    def test_nothing_is_read_while_the_model_computes(self, slides, tmp_path, monkeypatch, all_cores, reads):
+        monkeypatch.setattr(turns, "_LONG_READING", 1.0)  # this model is faster than any reading
+        extract(slides, tmp_path / "job", workers=1)
+        assert len(reads) > 10
+        assert set(reads) == {0}
+
+    def test_cores_that_the_model_leaves_read_ahead(self, slides, tmp_path, monkeypatch, reads):
+        monkeypatch.setattr(turns, "count_cores", lambda: 2)
+        self._read_slowly(monkeypatch)
+        extract(slides, tmp_path / "job")
+        assert max(reads[:3]) > 0
+
+    def test_slow_reading_goes_on_ahead(self, slides, whole, tmp_path, monkeypatch, all_cores, reads):
+        self._read_slowly(monkeypatch)
+        extract(slides, tmp_path / "job")
+        assert reads[:4] == [0, 0, 0, 0]
+        assert max(reads[4:]) > 0
+        assert digests(tmp_path / "job") == digests(whole)
+
+    @staticmethod
+    def _read_slowly(monkeypatch):
+        perform = Decoder.perform
+
+        def slowly(decoder, task):
+            time.sleep(0.1 if isinstance(task, ReadTask) else 0)
+            return perform(decoder, task)
+
+        monkeypatch.setattr(Decoder, "perform", slowly)
 
 
 class TestResume:

@@ -14,7 +14,7 @@ from job_cases import FEATURES, TINY, digests, events, extract, leftovers, make_
 from slide_files import make_pyramid
 
 from ssmamba_models.data.features import read_slide_features
-from ssmamba_models.wsi import decode_processes, local_engine, slide_run
+from ssmamba_models.wsi import decode_processes, local_engine, slide_run, turns
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.decoding import OutputError, PrepareTask
 from ssmamba_models.wsi.dry_run import dry_run
@@ -144,7 +144,9 @@ class TestKilledDecoders:
     def slides(self, tmp_path):
         return make_slides(tmp_path / "slides", "ab")
 
-    def test_one_death_costs_nothing(self, slides, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("cores", [1, 2], ids=["in turn", "ahead"])
+    def test_one_death_costs_nothing(self, slides, tmp_path, monkeypatch, cores):
+        monkeypatch.setattr(turns, "count_cores", lambda: cores)
         expected = extract(slides, tmp_path / "whole")
         deaths, real = [], local_engine.TileEncoder.start
         pools = []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ssmamba_models.cli.checks.finding import Finding
 from ssmamba_models.cli.checks.probe import Probe
+from ssmamba_models.cores import count_cores
 
 _SUBJECT = "machine"
 # A batch of 32 tiles of 224 px takes 19 MB, and each worker holds two.
@@ -30,7 +31,7 @@ attempt("torch", torch_facts)
 
 def check_machine(probe: Probe) -> list[Finding]:
     """Describe the machine, with what `TORCH_FACTS` found."""
-    processor = f"{_processor()}, {_usable_cores()} of {os.cpu_count()} cores usable"
+    processor = f"{_processor()}, {count_cores()} of {os.cpu_count()} cores usable"
     findings = [
         Finding(_SUBJECT, "system", "ok", platform.platform()),
         Finding(_SUBJECT, "processor", "ok", processor),
@@ -52,12 +53,8 @@ def _processor() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _threads(facts: dict) -> Finding:
-    threads, cores = facts["threads"], _usable_cores()
+    threads, cores = facts["threads"], count_cores()
     if threads > cores:
         text = f"torch uses {threads} threads on {cores} cores"
         return Finding(_SUBJECT, "threads", "warning", text, f"export OMP_NUM_THREADS={cores}")
