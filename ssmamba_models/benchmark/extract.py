@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import tempfile
 import threading
 import warnings
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ssmamba_models.benchmark.machine import describe_machine, machine_line, require_device
-from ssmamba_models.benchmark.memory import start_high_water_mark
+from ssmamba_models.benchmark.memory import lower_high_water_mark
 from ssmamba_models.benchmark.models import DEFAULT_MODEL
 from ssmamba_models.benchmark.report import format_table
 from ssmamba_models.benchmark.timing import thread_count
@@ -34,8 +35,8 @@ _MIB = 2**20
 # shared machine's speed varies by a fifth from one batch to the next, and a run is the mean of many.
 _LEAST_ALONE, _MOST_ALONE = 2.0, 15.0  # seconds
 
-# Memory is looked at so often: peaks are kept by the kernel, and a process that ends is missed by no more.
-_SAMPLE_SECONDS = 1.0
+# Memory is looked at so often: a look takes half a millisecond of a core's time from the model.
+_SAMPLE_SECONDS = 0.2
 
 Progress = Callable[[str], None]
 
@@ -169,7 +170,8 @@ def format_extract(report: dict) -> str:
         f"{settings['model']}, tiles of {settings['tile_size']} px in batches of {settings['batch_size']}, slide of "
         f"{slide['width']} x {slide['height']} px\n"
         f"{machine_line(report['machine'])}\n"
-        "alone: the model on one batch, before and after each round. peak: this process and those that read tiles."
+        "alone: the model on one batch, before and after each round. waits: for tiles, which on a CPU are read in turn "
+        "with it.\npeak: this process and those that read tiles."
     )
 
 
@@ -231,16 +233,16 @@ def _tissue_tiles() -> Iterator[np.ndarray]:
 
 @contextlib.contextmanager
 def _peak_memory() -> Iterator[list[float]]:
-    """Memory at its most while the block runs, MiB: this process's and its children's peaks together, which is no less
-    than their peak. The list is filled as time passes, and complete after the block; empty where the system does not
-    tell.
+    """Memory at its most while the block runs, MiB: this process's and its children's own peaks together, each kept by
+    the kernel. A child that ends between two looks is missed; where a container forbids to lower this process's mark
+    (`lower_high_water_mark`), it holds what came before. The list is filled as time passes, and complete after the
+    block; empty where the system does not tell.
     """
     peaks: list[float] = []
     stopped = threading.Event()
-    start_high_water_mark()
+    lower_high_water_mark()
 
     def look() -> None:
-        # Seldom: looking takes a core's time from the model.
         while not stopped.wait(_SAMPLE_SECONDS):
             peak = memory_mib("VmHWM")
             if peak is not None:
@@ -264,11 +266,9 @@ def memory_mib(kind: str = "VmRSS") -> float | None:
     Args:
         kind: "VmRSS", what is resident now, or "VmHWM", the most that each had.
     """
-    own = Path("/proc/self")
-    if not (own / "status").exists():
-        return None
-    pid = int((own / "stat").read_text().split()[0])
-    return sum(_resident(number, kind) for number in [pid, *_children(pid)]) / _MIB
+    pid = os.getpid()
+    own = _resident(pid, kind)
+    return None if own is None else (own + sum(_resident(child, kind) or 0 for child in _children(pid))) / _MIB
 
 
 def _children(pid: int) -> list[int]:
@@ -289,11 +289,11 @@ def _children_among_all(pid: int) -> list[int]:
     return found
 
 
-def _resident(pid: int, kind: str) -> int:
+def _resident(pid: int, kind: str) -> int | None:
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith(f"{kind}:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return 0
+    return None

@@ -61,7 +61,8 @@ def _peak_on_cpu(spec: StepSpec) -> float:
 
 def growth_mib(call: Callable[[], object]) -> float:
     """MiB by which a call raises this process's high-water mark; true in a process that did nothing large before."""
-    before = start_high_water_mark()
+    lower_high_water_mark()
+    before = _high_water_mark()
     call()
     return (_high_water_mark() - before) / MIB
 
@@ -74,15 +75,15 @@ def _load_libraries() -> None:
     optimizer.step()
 
 
-def start_high_water_mark() -> int:
-    """Bytes in use now, from which the mark is to rise."""
-    if sys.platform != "linux":
-        return _high_water_mark()
-    # Writing 5 lowers the mark to what is in use now. Where a container forbids it, the mark still holds the
-    # peak of creating the model, which is little more.
+def lower_high_water_mark() -> None:
+    """Let the mark be what is in use now, where the system can do that (Linux outside of strict containers).
+
+    Elsewhere it still holds the peak of what this process did before.
+    """
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return _high_water_mark()
+        clear_refs = Path("/proc/self/clear_refs")
+        if clear_refs.exists():
+            clear_refs.write_text("5")
 
 
 def _high_water_mark() -> int:

@@ -1,4 +1,4 @@
-"""Processes that decode tiles ahead of the model: a killed one costs a retry, never the job, and never a hang.
+"""Processes that decode tiles for the model: a killed one costs a retry, never the job, and never a hang.
 
 Each is a Python of its own that does without torch, spoken to through pipes. It ends when its pipe does, so that none
 outlives a job that was killed. (A fork of a process that runs torch may hang in its thread pools; multiprocessing's

@@ -24,7 +24,7 @@ from ssmamba_models.wsi.reader import Slide, open_slide
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.tissue import tissue_mask
 
-# The longer side of a thumbnail, px, at most, and of a level at least that is taken for one.
+# The longer side of a thumbnail, px, at most, and of a level or an overview at least that is taken for one.
 _THUMBNAIL, _LEAST_THUMBNAIL = 1024, 640
 # Decoded pixels that a process keeps for neighbouring tiles, and slides that it keeps open.
 _CACHE_BYTES, _OPEN_SLIDES = 64 * 2**20, 2
@@ -236,11 +236,13 @@ def _write_pictures(
 def _thumbnail(slide: Slide, overview: Overview) -> tuple[np.ndarray, float]:
     # What was read once is not read again, where it is large enough.
     height, width = overview.image.shape[:2]
-    if max(height, width) < _THUMBNAIL:
+    if max(height, width) < _LEAST_THUMBNAIL:
         try:
             return slide.thumbnail(_thumbnail_side(slide))
         except TileError:
             return overview.image, overview.downsample
+    if max(height, width) <= _THUMBNAIL:
+        return overview.image, overview.downsample
     shrink = max(height, width) / _THUMBNAIL
     size = (max(round(width / shrink), 1), max(round(height / shrink), 1))
     return np.asarray(Image.fromarray(overview.image).resize(size)), overview.downsample * shrink

@@ -64,7 +64,7 @@ class DryRun:
 
     @property
     def seconds(self) -> float:
-        """Estimate of the time, if reading keeps up with the model."""
+        """Estimate of the time that the model takes; reading adds a little where it is not done meanwhile."""
         return (self.tiles + self.bag_tiles) / self.tiles_per_second
 
 

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from ssmamba_models.data.hdf5 import require_h5py
 from ssmamba_models.engine.encoder import resolve_device
-from ssmamba_models.engine.processes import default_workers
 from ssmamba_models.wsi.claims import Claims
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.extract_plan import ExtractPlan
@@ -22,7 +21,7 @@ from ssmamba_models.wsi.job_run import JobResult, follow, job_standing, progress
 from ssmamba_models.wsi.local_engine import LocalEngine, Timing
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.tile_encoder import TileEncoder
-from ssmamba_models.wsi.turns import takes_all_cores
+from ssmamba_models.wsi.turns import default_readers
 
 Places = str | os.PathLike | Iterable[str | os.PathLike]
 
@@ -75,18 +74,11 @@ def extract_slides(
         from ssmamba_models.wsi.ray_engine import require_ray
 
         require_ray()
-    with Decoders(_workers(plan)) as decoders:
+    workers = default_readers(resolve_device(plan.device)) if plan.workers is None else plan.workers
+    with Decoders(workers) as decoders:
         if plan.engine == "local":
             decoders.start()  # they get ready while the model loads
         return _extract(found, out, plan, decoders, progress)
-
-
-def _workers(plan: ExtractPlan) -> int:
-    if plan.workers is not None:
-        return plan.workers
-    device = resolve_device(plan.device)
-    # In turn with a model, all cores may read.
-    return default_workers(None if takes_all_cores(device) else device, 1)
 
 
 def _extract(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,9 +118,8 @@ class LocalEngine:
             while True:
                 batch = self._next(runs)
                 gathered = None if batch is None else self._gather(batch)
-                self._fill(runs, wait=False)
-                with self._turns.computing():
-                    started = None if gathered is None else (batch, gathered[1], self._start(batch, gathered[0]))
+                self._fill(runs, idle=False)
+                started = None if gathered is None else (batch, gathered[1], self._start(batch, gathered[0]))
                 if computing is not None:
                     self._store(*computing, tell)
                 computing = started
@@ -134,7 +133,7 @@ class LocalEngine:
     def _next(self, runs: Iterator[SlideRun]) -> _Batch | None:
         """The next batch of a slide that has not failed; None at the end."""
         while True:
-            self._fill(runs, wait=not self._batches)
+            self._fill(runs, idle=not self._batches)
             if not self._batches:
                 return None
             batch = self._batches.popleft()
@@ -143,16 +142,14 @@ class LocalEngine:
                 return batch
             _cancel(batch)
 
-    def _fill(self, runs: Iterator[SlideRun], wait: bool) -> None:
-        """Have tiles read until there is no more room; `wait` for a slide's tissue, if there is nothing else to do."""
-        while True:
-            self._ahead.prepare(runs)
-            if self._tiles_ahead >= self._room(wait):
-                return
+    def _fill(self, runs: Iterator[SlideRun], idle: bool) -> None:
+        """Have tiles read until there is no more room; where the model is idle, wait for a slide's tissue."""
+        while self._tiles_ahead < self._room(idle):
             if self._cutting is None:
-                run = self._ahead.begin_next(wait and not self._batches)
+                self._ahead.prepare(runs, 1)
+                run = self._ahead.begin_next(idle and not self._batches)
                 if run is None:
-                    return
+                    break
                 if run.outcome is None:
                     self._cutting = (run, run.parts(self._batch_size))
                 continue
@@ -162,11 +159,13 @@ class LocalEngine:
                 self._cutting = None
             else:
                 self._submit(run, part)
+        # Later slides' tissue after this one's tiles, which the model waits for.
+        self._ahead.prepare(runs)
 
-    def _room(self, wait: bool) -> int:
+    def _room(self, idle: bool) -> int:
         """Tiles that may be read ahead: memory is bounded by this, whatever the slides' size."""
         if self._turns.kept:
-            return self._batch_size if wait else 0
+            return self._batch_size if idle else 0
         # Two batches, and a chunk for each process.
         return 2 * self._batch_size + max(self._decoders.workers, 1) * min(_CHUNK, self._batch_size)
 
@@ -209,9 +208,10 @@ class LocalEngine:
         """A batch's pixels and bad tiles; None where its slide failed."""
         buffer, place, bad = self._buffers[0], 0, []
         self._buffers.rotate()
+        if self._turns.kept:
+            self._await_readers(batch)
         for chunk in batch.chunks:
-            with self._turns.reading():
-                tiles = self._result(batch.run, chunk)
+            tiles = self._result(batch.run, chunk)
             if tiles is None:
                 _cancel(batch)
                 return None
@@ -221,10 +221,18 @@ class LocalEngine:
             place += count
         return buffer[:place], bad
 
+    def _await_readers(self, batch: _Batch) -> None:
+        """Wait for all that is read: a slide's last tiles may be few, and the next one's have come with them."""
+        start = time.perf_counter()
+        with self._turns.reading():
+            wait([chunk for one in (batch, *self._batches) for chunk in one.chunks])
+        self._timing.waiting += time.perf_counter() - start
+
     def _start(self, batch: _Batch, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if batch.part.augmentation is None:
-            return self._encoder.start(pixels)
-        return self._encoder.start_augmented(pixels, batch.part.augmentation)
+        with self._turns.computing():
+            if batch.part.augmentation is None:
+                return self._encoder.start(pixels)
+            return self._encoder.start_augmented(pixels, batch.part.augmentation)
 
     def _result(self, run: SlideRun, future: Future) -> Any:
         """What a decoding process answers; None where that is why the slide fails."""

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-from ssmamba_models.engine.processes import default_workers
 from ssmamba_models.locks import STALE
 from ssmamba_models.wsi.claims import Claims
 from ssmamba_models.wsi.decode_processes import Decoders
@@ -27,6 +26,7 @@ from ssmamba_models.wsi.local_engine import LocalEngine, Timing
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.status import ELSEWHERE
 from ssmamba_models.wsi.tile_encoder import TileEncoder
+from ssmamba_models.wsi.turns import default_readers
 
 # Tasks that wait in the cluster at a time; thousands would only cost its memory.
 _AHEAD = 256
@@ -134,7 +134,7 @@ def _extract_slide(slide: SlideFile, root: str, plan: ExtractPlan) -> tuple[Outc
         run = claims.claim(slide, _LOCK_TIMEOUT)
         if run is None:
             return Outcome(slide.name, ELSEWHERE), timing
-        workers = default_workers(encoder.encoder.device, 1) if plan.workers is None else plan.workers
+        workers = default_readers(encoder.encoder.device) if plan.workers is None else plan.workers
         with Decoders(workers) as decoders:
             engine = LocalEngine(job, encoder, decoders, plan.batch_size, timing)
             (outcome,) = engine.run(iter([run]))

@@ -34,9 +34,9 @@ class SlidesAhead(Generic[Run]):
         self._preparing: deque[tuple[Run, Future]] = deque()
         self._open: list[Run] = []
 
-    def prepare(self, runs: Iterator[Run]) -> None:
+    def prepare(self, runs: Iterator[Run], ahead: int = _SLIDES_AHEAD) -> None:
         """Claim slides, a few ahead, by drawing them from `runs`, and have them prepared."""
-        while len(self._preparing) < _SLIDES_AHEAD and (run := next(runs, None)) is not None:
+        while len(self._preparing) < ahead and (run := next(runs, None)) is not None:
             self._open.append(run)
             self._preparing.append((run, self._decoders.submit(self._task(run.slide))))
 

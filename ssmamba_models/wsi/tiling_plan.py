@@ -26,7 +26,7 @@ class TilingPlan:
         mpp_csv: a table (slide,mpp) of the same for single slides; goes before `mpp_override`.
         max_bad_tiles: the share of a slide's tiles that may be unreadable; a slide with more fails.
         retry_failed: try failed slides again.
-        workers: processes that read tiles ahead; 0 reads in this one, None chooses by the machine.
+        workers: processes that read tiles; 0 reads in this one, None chooses by the machine.
         shard: (i, n): begin with the i-th share of the slides, from 1, then help the other shards.
     """
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-from ssmamba_models.cores import count_cores
+from ssmamba_models.cores import count_physical_cores
+from ssmamba_models.engine.processes import default_workers
 
-# Reading in turn is given up where it takes more than this share of the time, judged from so many batches on.
-_LONG_READING, _LEAST_BATCHES = 0.15, 4
+# Reading in turn is given up where it takes more than this share of a batch's time: of most of the last batches, since
+# now and then one waits for something else (a slide is opened, its tissue is looked for, a disk wakes up).
+_LONG_READING, _LEAST_BATCHES, _LAST_BATCHES = 0.15, 5, 15
 
 
 class Turns:
@@ -30,26 +34,35 @@ class Turns:
 
     def __init__(self, device: torch.device):
         self.kept = takes_all_cores(device)
-        self._reading, self._computing, self._batches = 0.0, 0.0, 0
+        self._reading = 0.0
+        self._shares: deque[float] = deque(maxlen=_LAST_BATCHES)
 
-    @contextlib.contextmanager
+    @contextmanager
     def reading(self) -> Iterator[None]:
-        """Around what waits for tiles."""
+        """Around what waits for a batch's tiles."""
         start = time.perf_counter()
         yield
         self._reading += time.perf_counter() - start
 
-    @contextlib.contextmanager
+    @contextmanager
     def computing(self) -> Iterator[None]:
-        """Around what computes a batch."""
+        """Around what computes the batch that was read last; storing its features is neither."""
         start = time.perf_counter()
         yield
-        self._computing += time.perf_counter() - start
-        self._batches += 1
-        if self._batches >= _LEAST_BATCHES and self._reading > _LONG_READING * (self._reading + self._computing):
+        reading, self._reading = self._reading, 0.0
+        self._shares.append(reading / (reading + time.perf_counter() - start))
+        if len(self._shares) >= _LEAST_BATCHES and statistics.median(self._shares) > _LONG_READING:
             self.kept = False
 
 
 def takes_all_cores(device: torch.device) -> bool:
-    """Whether a model on it computes on every core that this process may use."""
-    return device.type == "cpu" and torch.get_num_threads() >= count_cores()
+    """Whether a model on it computes on every core that this process may use.
+
+    Hyper-threads do not count: torch starts a thread for each core, and a second one on a core slows the first.
+    """
+    return device.type == "cpu" and torch.get_num_threads() >= count_physical_cores()
+
+
+def default_readers(device: torch.device) -> int:
+    """How many processes read tiles for a model on a device: in turn with it, all cores may."""
+    return default_workers(None if takes_all_cores(device) else device, 1)

@@ -59,6 +59,14 @@ def test_memory_is_of_this_process_and_its_children():
     assert peak - peak_before > 256
 
 
+def test_a_system_that_tells_no_memory(monkeypatch):
+    monkeypatch.setattr(benchmark, "_resident", lambda pid, kind: None)
+    assert benchmark.memory_mib() is None
+    report = run_extract(ExtractBenchmark(**{**TINY, "rounds": 1}))
+    assert report["results"][0]["peak_mib"] is report["summary"]["added_mib"] is None
+    assert " - " in format_extract(report) or "  -\n" in format_extract(report)
+
+
 @pytest.mark.skipif(benchmark.memory_mib() is None, reason="this system does not tell the memory of processes")
 def test_children_are_found_without_lists_of_them():
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:

@@ -206,7 +206,7 @@ class TestMachine:
         return by_name(machine.check_machine(Probe([fact], "")))
 
     def test_more_threads_than_cores(self, monkeypatch):
-        monkeypatch.setattr(machine, "_usable_cores", lambda: 2)
+        monkeypatch.setattr(machine, "count_cores", lambda: 2)
         found = self.judge(threads=64)["threads"]
         assert (found.status, found.cure) == ("warning", "export OMP_NUM_THREADS=2")
 

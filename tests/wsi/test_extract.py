@@ -218,7 +218,7 @@ class TestTurns:
 
     @pytest.fixture
     def all_cores(self, monkeypatch):
-        monkeypatch.setattr(turns, "count_cores", lambda: 1)
+        monkeypatch.setattr(turns, "count_physical_cores", lambda: 1)
 
     @pytest.mark.parametrize("workers", [0, 1, 3])
     def test_the_same_bytes_in_turn(self, slides, whole, tmp_path, all_cores, workers):
@@ -231,8 +231,38 @@ class TestTurns:
         assert len(reads) > 10
         assert set(reads) == {0}
 
+    def test_tiles_come_before_the_tissue_of_later_slides(self, slides, tmp_path, monkeypatch, all_cores):
+        tasks, perform = [], Decoder.perform
+
+        def watch(decoder, task):
+            tasks.append((type(task).__name__, task.slide.name))
+            return perform(decoder, task)
+
+        monkeypatch.setattr(Decoder, "perform", watch)
+        extract(slides, tmp_path / "job")
+        first = tasks[0][1]
+        assert tasks[:2] == [("PrepareTask", first), ("ReadTask", first)]
+        assert sorted(name for kind, name in tasks if kind == "PrepareTask") == ["a", "b", "c"]
+
+    def test_one_long_wait_does_not_end_the_turns(self):
+        taking = turns.Turns(torch.device("cpu"))
+        taking.kept = True
+        for seconds in (0.2, 0, 0, 0, 0, 0.2, 0, 0):
+            self._batch(taking, reading=seconds)
+        assert taking.kept
+        for _ in range(16):
+            self._batch(taking, reading=0.01)
+        assert not taking.kept
+
+    @staticmethod
+    def _batch(taking, reading):
+        with taking.reading():
+            time.sleep(reading)
+        with taking.computing():
+            time.sleep(0.01)
+
     def test_cores_that_the_model_leaves_read_ahead(self, slides, tmp_path, monkeypatch, reads):
-        monkeypatch.setattr(turns, "count_cores", lambda: 2)
+        monkeypatch.setattr(turns, "count_physical_cores", lambda: 2)
         self._read_slowly(monkeypatch)
         extract(slides, tmp_path / "job")
         assert max(reads[:3]) > 0
@@ -240,8 +270,8 @@ class TestTurns:
     def test_slow_reading_goes_on_ahead(self, slides, whole, tmp_path, monkeypatch, all_cores, reads):
         self._read_slowly(monkeypatch)
         extract(slides, tmp_path / "job")
-        assert reads[:4] == [0, 0, 0, 0]
-        assert max(reads[4:]) > 0
+        assert reads[:5] == [0, 0, 0, 0, 0]
+        assert max(reads[5:]) > 0
         assert digests(tmp_path / "job") == digests(whole)
 
     @staticmethod

@@ -146,7 +146,7 @@ class TestKilledDecoders:
 
     @pytest.mark.parametrize("cores", [1, 2], ids=["in turn", "ahead"])
     def test_one_death_costs_nothing(self, slides, tmp_path, monkeypatch, cores):
-        monkeypatch.setattr(turns, "count_cores", lambda: cores)
+        monkeypatch.setattr(turns, "count_physical_cores", lambda: cores)
         expected = extract(slides, tmp_path / "whole")
         deaths, real = [], local_engine.TileEncoder.start
         pools = []
