@@ -64,6 +64,7 @@ class _Batch:
     run: SlideRun
     part: Part
     chunks: list[Future] = field(default_factory=list)
+    awaited: bool = False
 
     @property
     def size(self) -> int:
@@ -152,6 +153,8 @@ class LocalEngine:
                     break
                 if run.outcome is None:
                     self._cutting = (run, run.parts(self._batch_size))
+                else:  # without tiles, nothing is to come before the next slides' tissue
+                    self._ahead.prepare(runs)
                 continue
             run, parts = self._cutting
             part = next(parts, None) if run.outcome is None else None
@@ -208,7 +211,7 @@ class LocalEngine:
         """A batch's pixels and bad tiles; None where its slide failed."""
         buffer, place, bad = self._buffers[0], 0, []
         self._buffers.rotate()
-        if self._turns.kept:
+        if self._turns.kept and not batch.awaited:
             self._await_readers(batch)
         for chunk in batch.chunks:
             tiles = self._result(batch.run, chunk)
@@ -223,9 +226,11 @@ class LocalEngine:
 
     def _await_readers(self, batch: _Batch) -> None:
         """Wait for all that is read: a slide's last tiles may be few, and the next one's have come with them."""
-        start = time.perf_counter()
+        start, batches = time.perf_counter(), (batch, *self._batches)
         with self._turns.reading():
-            wait([chunk for one in (batch, *self._batches) for chunk in one.chunks])
+            wait([chunk for one in batches for chunk in one.chunks])
+        for one in batches:
+            one.awaited = True
         self._timing.waiting += time.perf_counter() - start
 
     def _start(self, batch: _Batch, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -13,9 +13,9 @@ import torch
 from ssmamba_models.cores import count_physical_cores
 from ssmamba_models.engine.processes import default_workers
 
-# Reading in turn is given up where it takes more than this share of a batch's time: of most of the last batches, since
-# now and then one waits for something else (a slide is opened, its tissue is looked for, a disk wakes up).
-_LONG_READING, _LEAST_BATCHES, _LAST_BATCHES = 0.15, 5, 15
+# Reading in turn is given up where it takes more than this share of a turn's time: of most of the last turns, since now
+# and then one waits for something else (a slide is opened, its tissue is looked for, a disk wakes up).
+_LONG_READING, _LEAST_TURNS, _LAST_TURNS = 0.15, 5, 15
 
 
 class Turns:
@@ -34,24 +34,30 @@ class Turns:
 
     def __init__(self, device: torch.device):
         self.kept = takes_all_cores(device)
-        self._reading = 0.0
-        self._shares: deque[float] = deque(maxlen=_LAST_BATCHES)
+        self._reading, self._computing = 0.0, 0.0
+        self._shares: deque[float] = deque(maxlen=_LAST_TURNS)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Around what waits for a batch's tiles."""
+        """Around what waits for tiles, of one batch or several; it begins a turn."""
+        self._judge()
         start = time.perf_counter()
         yield
-        self._reading += time.perf_counter() - start
+        self._reading = time.perf_counter() - start
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Around what computes the batch that was read last; storing its features is neither."""
+        """Around what computes a batch of this turn; storing its features is neither."""
         start = time.perf_counter()
         yield
-        reading, self._reading = self._reading, 0.0
-        self._shares.append(reading / (reading + time.perf_counter() - start))
-        if len(self._shares) >= _LEAST_BATCHES and statistics.median(self._shares) > _LONG_READING:
+        self._computing += time.perf_counter() - start
+
+    def _judge(self) -> None:
+        """Count the turn that ended, if one did that computed anything."""
+        if self._computing:
+            self._shares.append(self._reading / (self._reading + self._computing))
+            self._reading, self._computing = 0.0, 0.0
+        if len(self._shares) >= _LEAST_TURNS and statistics.median(self._shares) > _LONG_READING:
             self.kept = False
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("h5py", reason="feature files need the [wsi] extra")
 pytest.importorskip("openslide", reason="slides need the [wsi] extra")
 
 from job_cases import FEATURES, TILE, TINY, digests, disc, events, extract, leftovers, make_slides
-from slide_files import make_pyramid
+from slide_files import blank, make_pyramid
 
 from ssmamba_models.data.feature_check import check_slide_features
 from ssmamba_models.data.features import read_slide_features
@@ -253,6 +253,35 @@ class TestTurns:
         for _ in range(16):
             self._batch(taking, reading=0.01)
         assert not taking.kept
+
+    def test_small_batches_that_are_read_together_are_one_turn(self):
+        """A slide's last few tiles come with the next slide's batch: what that takes is not theirs alone."""
+        taking = turns.Turns(torch.device("cpu"))
+        taking.kept = True
+        for _ in range(8):
+            self._batch(taking, reading=0.01)
+            with taking.computing():
+                time.sleep(0.1)
+        assert taking.kept
+
+    def test_slides_without_tissue_are_prepared_two_at_a_time(self, tmp_path, monkeypatch):
+        (tmp_path / "slides").mkdir()
+        for name in "abcdef":
+            make_pyramid(tmp_path / "slides" / f"{name}.tif", (1600, 1200), mpp=0.5, content=blank)
+        pending, most, submit = [], [], Decoders.submit
+
+        def watch(decoders, task):
+            future = submit(decoders, task)
+            pending.append(future)
+            most.append(sum(not other.done() for other in pending))
+            return future
+
+        perform = Decoder.perform
+        monkeypatch.setattr(Decoder, "perform", lambda decoder, task: (time.sleep(0.1), perform(decoder, task))[1])
+        monkeypatch.setattr(Decoders, "submit", watch)
+        extract(tmp_path / "slides", tmp_path / "job")
+        assert len(most) == 6
+        assert sorted(most)[-4:] == [2, 2, 2, 2]
 
     @staticmethod
     def _batch(taking, reading):
