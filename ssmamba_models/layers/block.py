@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ssmamba_models.layers.dms import DMS
 from ssmamba_models.layers.lpr import LPR
 from ssmamba_models.layers.pieces import are_float32, is_inference, is_own, is_unwatched, piece_length
-from ssmamba_models.ops.bias_gelu import bias_gelu_
 from ssmamba_models.ops.depthwise import depthwise3x3_
+from ssmamba_models.ops.products import Product, product
 
 
 @register_notrace_module  # one node for torch.fx: how it works depends on the tensor
@@ -82,10 +82,11 @@ class Block(nn.Module):
         parts = self.dms.scan(projected, hold)
         del projected
         parts = [part.reshape(-1, part.shape[-1]).split(length) for part in parts]
+        products = self._products(tokens, length) if plain else None
         for piece, *scanned in zip(tokens.split(length), *parts):
             normed = self.dms.norm(torch.cat(scanned, dim=-1))
-            if plain:
-                self._add_branches(piece, normed)
+            if products is not None:
+                self._add_branches(piece, normed, *products)
             else:
                 piece += self.dms.out_proj(normed)
                 piece += self.mlp(self.norm2(piece))
@@ -93,9 +94,10 @@ class Block(nn.Module):
 
     def _project(self, tokens: Tensor, length: int, plain: bool) -> Tensor:
         projected = tokens.new_empty(tokens.shape)  # contiguous, whatever the tokens are
+        own = product(self.dms.in_proj.weight, None, tokens, length) if plain else None
         for piece, result in zip(tokens.split(length), projected.split(length)):
-            if plain:
-                torch.mm(self.norm1(piece), self.dms.in_proj.weight.t(), out=result)
+            if own is not None:
+                own.into(result, self.norm1(piece))
             else:
                 result.copy_(self.dms.in_proj(self.norm1(piece)))
         return projected
@@ -119,15 +121,15 @@ class Block(nn.Module):
             and all(is_own(path, nn.Identity) or is_own(path, DropPath) for path in (self.drop_path1, self.drop_path2))
         )
 
-    def _add_branches(self, tokens: Tensor, scanned: Tensor) -> None:
-        """Add both branches to `tokens`: as products that add to what is there, the bias and GELU in one pass."""
-        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        assert fc1.bias is not None  # as _is_own has found
-        assert fc2.bias is not None
-        torch.addmm(tokens, scanned, self.dms.out_proj.weight.t(), out=tokens)
-        inner = bias_gelu_(torch.mm(self.norm2(tokens), fc1.weight.t()), fc1.bias)
-        tokens += fc2.bias
-        torch.addmm(tokens, inner, fc2.weight.t(), out=tokens)
+    def _products(self, tokens: Tensor, length: int) -> list[Product]:
+        """Those after the scans: of DMS, and of the MLP its first, with GELU after it, and its second."""
+        layers = (self.dms.out_proj, self.mlp.fc1, self.mlp.fc2)
+        return [product(layer.weight, layer.bias, tokens, length) for layer in layers]
+
+    def _add_branches(self, tokens: Tensor, scanned: Tensor, out: Product, first: Product, second: Product) -> None:
+        """Add both branches to `tokens`."""
+        out.add_to(tokens, scanned)
+        second.add_to(tokens, first.gelu(self.norm2(tokens)))
 
 
 def _is_depthwise(conv: nn.Module) -> bool:

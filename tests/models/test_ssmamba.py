@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssmamba_models.layers import pieces
 from ssmamba_models.models import SSMamba
+from ssmamba_models.ops import products
 
 DIMS = (16, 24, 32, 48)
 
@@ -345,10 +346,13 @@ def shaken(model: SSMamba) -> SSMamba:
     return model
 
 
-@pytest.fixture
-def short_pieces(monkeypatch):
-    """Pieces of small maps."""
+@pytest.fixture(params=["torch", "onednn"])
+def short_pieces(request, monkeypatch):
+    """Pieces of small maps, with the products of either library."""
+    if request.param == "onednn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 20_000)
+    monkeypatch.setattr(products, "is_packed_faster", lambda: request.param == "onednn")
 
 
 @pytest.mark.usefixtures("short_pieces")
@@ -571,12 +575,14 @@ def test_a_model_traced_in_inference_takes_other_sizes():
         torch.testing.assert_close(traced(other), model(other), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("short_pieces")
 def test_shapes_can_be_asked_without_computing():
     model = small(dims=(16, 256, 16, 16))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         assert model(torch.empty(8, 3, 160, 168)).shape == (8, 16)
 
 
+@pytest.mark.usefixtures("short_pieces")
 def test_operations_are_counted_in_pieces_too():
     model, x = small(dims=(16, 256, 16, 16)).eval(), image(160, 168, batch=8)
     counts = []

@@ -89,7 +89,7 @@ INLINE void walk_forward(const Walk *w, const int states, const int soft, const 
       float *hn = h + n * LANES;
       const float *An = w->A + n * LANES;
       LANEWISE {
-        hn[i] = exp2_(dt[i] * An[i]) * hn[i] + dtu[i] * bn;
+        hn[i] = exp2_of_many(dt[i] * An[i]) * hn[i] + dtu[i] * bn;
         sum[i] += hn[i] * cn;
       }
     }
@@ -132,7 +132,7 @@ INLINE void walk_record(const Walk *w, const int states, const int soft, const i
       const float *hn = h_in + n * LANES, *An = w->A + n * LANES;
       float *on = h_out + n * LANES, *an = a_out + n * LANES;
       LANEWISE {
-        float a = exp2_(dt[i] * An[i]);
+        float a = exp2_by(dt[i] * An[i], states == 1);
         an[i] = a;
         on[i] = a * hn[i] + dtu[i] * bn;
       }

@@ -67,6 +67,12 @@ INLINE void scatter_times(void *out, const float *in, ptrdiff_t at, int valid, i
     for (int64_t t = l < lanes ? whole : 0; t < times; t++) store_one(out, at + t, in[t * LANES + l], dtype);
 }
 
+/* Asks for a cache line of each of sixteen rows of (channels, length), from element `at` on, before it is needed: the
+ * rows are too short for the hardware to guess. */
+#define ask_for(in, at, valid, length, dtype, writing)  \
+  for (int l = 0; l < (valid); l++)                     \
+    __builtin_prefetch((const char *)(in) + ((at) + l * (length)) * ((dtype) == F32 ? 4 : 2), writing)
+
 /* Where a task works. Blocks of channels never straddle groups, which have their own B and C. */
 typedef struct {
   int64_t image, group, block, channel;
@@ -106,7 +112,7 @@ int ssmamba_selective_forward(const SelectiveArgs *a, int64_t begin, int64_t end
   int32_t *order = arena_take(&arena, TILE * 4);
   for (int t = 0; t < TILE; t++) order[t] = t;
   for (int64_t task = begin; task < end; task++) {
-    const Place at = place_of(a, task);
+    const Place at = place_of(a, task), after = place_of(a, task + 1);
     Walk walk = walk_of(a, &at, u, delta, A, bias);
     load_channels(D, a->D ? a->D + at.channel : NULL, 1, at.valid, 1.0f);
     memset(h, 0, states * ROW);
@@ -115,7 +121,19 @@ int ssmamba_selective_forward(const SelectiveArgs *a, int64_t begin, int64_t end
       gather_times(u, a->u, at.time + t, at.valid, a->length, times, dtype);
       gather_times(delta, a->delta, at.time + t, at.valid, a->length, times, dtype);
       for (int64_t s = 0; s < times; s++) LANEWISE y[s * LANES + i] = D[i] * u[s * LANES + i];
-      forward_steps(&walk, (int)states, (int)a->softplus, order, 1, times, h, y);
+      /* The tile after this one: of these rows, or the first of the next task's. */
+      const int same = t + TILE < a->length;
+      const ptrdiff_t next = same ? at.time + t + TILE : after.time;
+      const int next_valid = same ? at.valid : task + 1 < end ? after.valid : 0;
+      const int64_t next_times = same ? a->length - t - TILE : a->length;
+      for (int64_t s = 0; s < times; s += LANES) {
+        if (s < next_times) {
+          ask_for(a->u, next + s, next_valid, a->length, dtype, 0);
+          ask_for(a->delta, next + s, next_valid, a->length, dtype, 0);
+        }
+        ask_for(a->y, at.time + t + s, at.valid, a->length, dtype, 1);
+        forward_steps(&walk, (int)states, (int)a->softplus, order + s, 1, min64(LANES, times - s), h, y);
+      }
       if (a->z) {
         gather_times(z, a->z, at.time + t, at.valid, a->length, times, dtype);
         for (int64_t s = 0; s < times; s++) LANEWISE y[s * LANES + i] *= z[s * LANES + i] * sigmoid(z[s * LANES + i]);

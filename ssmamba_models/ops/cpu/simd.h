@@ -33,26 +33,38 @@ INLINE float from_bits(int32_t b) { float x; memcpy(&x, &b, sizeof x); return x;
 INLINE float absolute(float x) { return from_bits(bits(x) & 0x7fffffff); }
 
 /* Polynomials are evaluated in pairs (Estrin), not one coefficient after another (Horner): a step of the scan is one
- * long chain of dependent operations, and what limits it is the chain's latency, not the number of operations. */
+ * long chain of dependent operations, and what limits it is the chain's latency, not the number of operations. With
+ * many states to a step it is the number: exp2_of_many has one less. */
 
 /* Ranges are clamped as integers, which costs one instruction where a comparison of floats that keeps NaN costs two. */
 
 /* 2^x, with 0 from 2^-127 down and 2^127 from there up. Exactly 1 at 0, so a held token leaves the state untouched to
  * the last bit. The scale 2^n is a factor, not an addition to the exponent, so NaN stays NaN. Good for |x| up to 1e15:
  * beyond, f may be so large that the polynomial overflows. */
-INLINE float exp2_(float x) {
-  const int32_t lowest = 0x4b400000 - 127; /* the bits of 1.5 * 2^23 - 127: rounded to integers, bits count them */
-  float shifted = x + 12582912.0f;
-  float f = x - (shifted - 12582912.0f);
+INLINE float exp2_by(float x, const int pairs) {
+  const float round = 12583039.0f;   /* 1.5 * 2^23 + 127: adding it leaves x rounded to an integer n, as bits, */
+  const int32_t lowest = 0x4b400000; /* which are these and n + 127, the exponent of 2^n */
+  float shifted = x + round;
+  float f = x - (shifted - round);
   int32_t n = bits(shifted);
   n = n > lowest ? n : lowest;
   n = n < lowest + 254 ? n : lowest + 254;
-  float f2 = f * f;
-  float low = f * 0.6931470036506653f + 1.0f;
-  float mid = f * 0.05550733581185341f + 0.24022242426872253f;
+  float scale = from_bits((int32_t)((uint32_t)n << 23));
   float high = f * 0.001326472614891827f + 0.009671512991189957f;
-  return ((high * f2 + mid) * f2 + low) * from_bits((n - lowest) << 23);
+  if (pairs) {
+    float f2 = f * f;
+    float low = f * 0.6931470036506653f + 1.0f;
+    float mid = f * 0.05550733581185341f + 0.24022242426872253f;
+    return ((high * f2 + mid) * f2 + low) * scale;
+  }
+  high = high * f + 0.05550733581185341f;
+  high = high * f + 0.24022242426872253f;
+  high = high * f + 0.6931470036506653f;
+  return (high * f + 1.0f) * scale;
 }
+
+INLINE float exp2_(float x) { return exp2_by(x, 1); }
+INLINE float exp2_of_many(float x) { return exp2_by(x, 0); }
 
 /* e^-|x|; of NaN, e^-88. */
 INLINE float exp_minus_abs(float x) {
