@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssmamba_models.layers.dms import DMS
 from ssmamba_models.layers.lpr import LPR
-from ssmamba_models.layers.pieces import are_float32, is_inference, is_own, is_unwatched, piece_length
+from ssmamba_models.layers.pieces import are_float32, is_inference, is_own, is_unwatched, piece_grain, piece_length
 from ssmamba_models.ops.depthwise import depthwise3x3_
 from ssmamba_models.ops.products import Product, product
 
@@ -82,7 +82,7 @@ class Block(nn.Module):
         parts = self.dms.scan(projected, hold)
         del projected
         parts = [part.reshape(-1, part.shape[-1]).split(length) for part in parts]
-        products = self._products(tokens, length) if plain else None
+        products = self._products(tokens) if plain else None
         for piece, *scanned in zip(tokens.split(length), *parts):
             normed = self.dms.norm(torch.cat(scanned, dim=-1))
             if products is not None:
@@ -94,7 +94,7 @@ class Block(nn.Module):
 
     def _project(self, tokens: Tensor, length: int, plain: bool) -> Tensor:
         projected = tokens.new_empty(tokens.shape)  # contiguous, whatever the tokens are
-        own = product(self.dms.in_proj.weight, None, tokens, length) if plain else None
+        own = self._product(self.dms.in_proj, tokens) if plain else None
         for piece, result in zip(tokens.split(length), projected.split(length)):
             if own is not None:
                 own.into(result, self.norm1(piece))
@@ -121,10 +121,12 @@ class Block(nn.Module):
             and all(is_own(path, nn.Identity) or is_own(path, DropPath) for path in (self.drop_path1, self.drop_path2))
         )
 
-    def _products(self, tokens: Tensor, length: int) -> list[Product]:
+    def _products(self, tokens: Tensor) -> list[Product]:
         """Those after the scans: of DMS, and of the MLP its first, with GELU after it, and its second."""
-        layers = (self.dms.out_proj, self.mlp.fc1, self.mlp.fc2)
-        return [product(layer.weight, layer.bias, tokens, length) for layer in layers]
+        return [self._product(layer, tokens) for layer in (self.dms.out_proj, self.mlp.fc1, self.mlp.fc2)]
+
+    def _product(self, layer: nn.Linear | nn.Conv2d, tokens: Tensor) -> Product:
+        return product(layer.weight, layer.bias, tokens, piece_grain(self.inner_width))
 
     def _add_branches(self, tokens: Tensor, scanned: Tensor, out: Product, first: Product, second: Product) -> None:
         """Add both branches to `tokens`."""

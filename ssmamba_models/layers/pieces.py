@@ -17,7 +17,15 @@ PIECE_ELEMENTS = 2**20  # inner activations at a time, about: 4 MB in float32
 def piece_length(items: int, elements: int) -> int:
     """How many of `items`, each with so many inner activations, make a piece: shares of a size, no small rest."""
     pieces = max(1, round(items * elements / PIECE_ELEMENTS))
-    return max(1, -(-items // pieces))
+    if pieces == 1:
+        return max(1, items)
+    grain = piece_grain(elements)
+    return min(items, -(-items // (pieces * grain)) * grain)
+
+
+def piece_grain(elements: int) -> int:
+    """What the length of a piece is a multiple of: a library that prepares itself for each length meets few of them."""
+    return max(1, PIECE_ELEMENTS // (16 * max(1, elements)))
 
 
 def is_inference(x: Tensor) -> bool:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.autograd import forward_ad
 
 from ssmamba_models.ops.bias_gelu import bias_gelu_
 
@@ -33,15 +34,16 @@ class Product(Protocol):
         """gelu(x W^T + bias), (M, N): exact GELU."""
 
 
-def product(weight: Tensor, bias: Tensor | None, x: Tensor, rows: int) -> Product:
-    """The product of `x` (..., K), taken about so many rows at a time, with `weight` (N, K) and `bias` (N,).
+def product(weight: Tensor, bias: Tensor | None, x: Tensor, grain: int) -> Product:
+    """The product of `x` (..., K), taken about 16 `grain` rows at a time, with `weight` (N, K) and `bias` (N,).
 
     For inference, and made anew for each map: oneDNN's holds a copy of the weight in an order of its own, so it must
     not outlive a change of the weight. torch.backends.mkldnn.flags(enabled=False) asks for torch's own.
     """
-    # Tensors without data, which only tell shapes, have no such order.
-    if is_packed_faster() and type(x) is Tensor and torch.backends.mkldnn.enabled:
-        return PackedProduct(weight, bias, rows)
+    # Tensors without data, which only tell shapes, have no such order, and tangents would be lost.
+    plain = type(x) is Tensor and forward_ad.unpack_dual(x).tangent is None
+    if plain and is_packed_faster() and torch.backends.mkldnn.enabled:
+        return PackedProduct(weight, bias, grain)
     return TorchProduct(weight, bias)
 
 
@@ -57,10 +59,10 @@ def is_packed_faster() -> bool:
 
 def _is_amd() -> bool:
     try:
-        text = _CPUS.read_text()
+        told = _CPUS.read_bytes()
     except OSError:
-        text = platform.processor()  # on Windows "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD"
-    return "AuthenticAMD" in text
+        told = platform.processor().encode()  # on Windows "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD"
+    return b"AuthenticAMD" in told
 
 
 class TorchProduct:
@@ -83,10 +85,15 @@ class TorchProduct:
 
 
 class PackedProduct:
-    """By oneDNN, through the operators that torch.compile uses, with the weight brought into its order once."""
+    """By oneDNN, through the operators that torch.compile uses, with the weight brought into its order once.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), bias
+    For every new number of rows oneDNN compiles a kernel and keeps it, so rows are filled up to a multiple of `grain`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, grain: int) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16 * grain)
+        self.bias = None if bias is None else bias.detach().contiguous()  # the operator looks at no strides
+        self.grain = grain
 
     def into(self, out: Tensor, x: Tensor) -> None:
         out.copy_(self._linear(x))
@@ -98,14 +105,8 @@ class PackedProduct:
         return self._linear(x, "gelu", "none")
 
     def _linear(self, x: Tensor, then: str = "none", how: str = "") -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, then, [], how)
-
-
-if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._linear_pointwise not in flop_registry:
-
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def _flops(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *args: object, **kwargs: object) -> int:
-        flops = 2 * weight_shape[0]
-        for size in x_shape:
-            flops *= size
-        return flops
+        rows = len(x)
+        missing = -rows % self.grain
+        if missing:
+            x = F.pad(x, (0, 0, 0, missing))
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, then, [], how)[:rows]
