@@ -582,7 +582,8 @@ def test_shapes_can_be_asked_without_computing():
         assert model(torch.empty(8, 3, 160, 168)).shape == (8, 16)
 
 
-def test_operations_are_counted_in_pieces_too():
+def test_operations_are_counted_of_large_maps_too():
+    """The counter's hooks make inference take whole maps, so none is counted by pieces or left out."""
     model, x = small(dims=(16, 256, 16, 16)).eval(), image(160, 168, batch=8)
     counts = []
     for images in (x, x[:1]):
