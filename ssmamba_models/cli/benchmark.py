@@ -104,7 +104,7 @@ def ops(
 @click.option(
     "--peers",
     default=",".join(DEFAULT_PEERS),
-    show_default=True,
+    show_default=", ".join(DEFAULT_PEERS),
     metavar="NAMES",
     help="Models of timm to compare it with; commas between.",
 )
@@ -187,7 +187,15 @@ def models(
 @command.command("train")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Our model, trained by MAMIM.")
 @click.option("--peer", default=DEFAULT_PEER, show_default=True, help="A ViT of timm, trained as a masked autoencoder.")
-@click.option("--size", type=click.IntRange(1), default=224, show_default=True, help="Side of the views in pixels.")
+@click.option(
+    "--img-size",
+    "--size",
+    "size",
+    type=click.IntRange(1),
+    default=224,
+    show_default=True,
+    help="Side of the views in pixels.",
+)
 @click.option("--batch-size", type=click.IntRange(1), help="Tiles per step.  [default: chosen by the device]")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the computation.")
 @click.option("--data", type=click.Path(), help="Folder of tiles to read.  [default: synthetic tiles]")

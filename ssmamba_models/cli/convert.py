@@ -15,10 +15,12 @@ from ssmamba_models.data.slide_table import read_slide_table
 @click.option("--from", "source_layout", required=True, type=click.Choice(LAYOUTS), help="Layout of SRC.")
 @click.option("--to", "target_layout", required=True, type=click.Choice(LAYOUTS), help="Layout to write.")
 @click.option("--out", required=True, type=click.Path(), help="Folder to write; made where it is missing.")
-@click.option("--level0-mpp", type=float, help="Micrometres per pixel of level 0, of every slide.")
-@click.option("--target-mpp", type=float, help="Micrometres per pixel of the tiles.")
+@click.option(
+    "--mpp-override", "--level0-mpp", "level0_mpp", type=float, help="Micrometres per level-0 pixel of all slides."
+)
+@click.option("--mpp", "--target-mpp", "target_mpp", type=float, help="Micrometres per pixel of the tiles.")
 @click.option("--mpp-csv", type=click.Path(), help="CSV: slide,mpp (of level 0); may have level0_width and others.")
-@click.option("--patch-size", type=int, help="Side of the tiles in pixels.")
+@click.option("--tile-size", "--patch-size", "patch_size", type=int, help="Side of the tiles in pixels.")
 @click.option("--overlap", type=int, help="Overlap of neighbouring tiles in pixels (CLAM's files do not say it).")
 @click.option("--model", help="Name of the encoder, where the files do not say it.")
 @click.option("--coords", type=click.Path(), help="CLAM's folder of coordinate files (patches).")

@@ -9,7 +9,14 @@ from typing import Any
 import click
 
 from ssmamba_models.cli.options import pool_option
-from ssmamba_models.cli.slide_jobs import job_options, places, report_failed, report_slides, show_slides, tiling_options
+from ssmamba_models.cli.slide_jobs import (
+    job_options,
+    places,
+    report_slides,
+    report_troubles,
+    show_slides,
+    tiling_options,
+)
 from ssmamba_models.wsi.dry_run import DryRun, dry_run
 from ssmamba_models.wsi.extract import ExtractResult, extract_slides
 from ssmamba_models.wsi.extract_plan import DTYPES, ENGINES, ExtractPlan
@@ -69,7 +76,7 @@ def command(
     result = extract_slides(slides, out, plan, progress=not quiet)
     if not quiet:
         _report(result)
-    ctx.exit(report_failed(result))
+    ctx.exit(report_troubles(result))
 
 
 def _report(result: ExtractResult) -> None:

@@ -63,7 +63,12 @@ def read_config(
         overrides["classes"] = tuple(name for name in names if name)
     saved = Path(out) / "config.yaml"
     source = saved if config_file is None and resume and saved.exists() else config_file
-    return load_config(cls, source, overrides)
+    try:
+        return load_config(cls, source, overrides)
+    except ValueError as error:
+        if source is None and resume:
+            raise ValueError(f"there is no run in {out!r} to go on with, and to begin one, {error}") from error
+        raise
 
 
 def report_end(result: TrainResult, closing: str, quiet: bool) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 
 import click
 
 from ssmamba_models.cli.options import add_options
+from ssmamba_models.notice import SSMambaWarning
 from ssmamba_models.wsi.dry_run import PlannedSlide
 from ssmamba_models.wsi.job_run import JobResult
 
@@ -22,7 +24,7 @@ _TILING = (
     click.option("--overlap", type=click.IntRange(0), default=0, show_default=True, help="Px that neighbours share."),
     click.option("--min-tissue", type=float, default=0.25, show_default=True, help="Least share of tissue in a tile."),
     click.option("--mpp-override", type=float, help="Micrometres per level-0 pixel, instead of what the slides say."),
-    click.option("--mpp-csv", type=click.Path(), help="The same for single slides: a CSV with columns slide,mpp."),
+    click.option("--mpp-csv", type=click.Path(), help="That of single slides, which goes first: a CSV, slide,mpp."),
     click.option(
         "--max-bad-tiles", type=float, default=0.05, show_default=True, help="Share above which a slide fails."
     ),
@@ -57,16 +59,33 @@ def job_options(command: Callable) -> Callable:
 def report_slides(result: JobResult, place: str) -> None:
     """Print how many slides were done, and where their outputs are."""
     click.echo(f"{len(result.done)} of {result.slides} slides done -> {place}")
-    if result.no_tissue:
-        more = " ..." if len(result.no_tissue) > 5 else ""
-        names = ", ".join(result.no_tissue[:5])
-        click.echo(f"{len(result.no_tissue)} without a file, for want of tissue (--min-tissue): {names}{more}")
+    if result.no_tissue and result.done:
+        names = _few(result.no_tissue)
+        click.echo(f"{len(result.no_tissue)} without an output, for want of tissue (--min-tissue): {names}")
     if result.unfinished:
         click.echo(f"{len(result.unfinished)} in the hands of other processes, or waiting for a process that died")
 
 
-def report_failed(result: JobResult) -> int:
-    """Print the slides that failed; the exit code that follows."""
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+
+
+def report_troubles(result: JobResult) -> int:
+    """Print on stderr what a person must know even of a quiet run; the exit code that follows."""
+    if result.enlarged:
+        warnings.warn(
+            f"{len(result.enlarged)} of {result.slides} slides are coarser than --mpp, and their tiles enlarged from "
+            f"fewer pixels (summary.csv has their mpp): {_few(result.enlarged)}",
+            SSMambaWarning,
+            stacklevel=2,
+        )
+    if result.no_tissue and not result.done:
+        warnings.warn(
+            f"not one tile: {len(result.no_tissue)} of {result.slides} slides have no tissue, or in each tile less "
+            f"than --min-tissue (is their mpp right? summary.csv has it): {_few(result.no_tissue)}",
+            SSMambaWarning,
+            stacklevel=2,
+        )
     for name, reason in result.failed.items():
         click.echo(f"failed: {name}: {reason}", err=True)
     if result.failed:

@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from ssmamba_models.cli.slide_jobs import job_options, places, report_failed, report_slides, show_slides, tiling_options
+from ssmamba_models.cli.slide_jobs import (
+    job_options,
+    places,
+    report_slides,
+    report_troubles,
+    show_slides,
+    tiling_options,
+)
 from ssmamba_models.wsi.dry_run import PlannedSlide
 from ssmamba_models.wsi.slide_list import parse_shard
 from ssmamba_models.wsi.status import FAILED, PENDING
@@ -52,7 +59,7 @@ def command(
     result = tile_slides(slides, out, plan, progress=not quiet)
     if not quiet:
         _report(result)
-    ctx.exit(report_failed(result))
+    ctx.exit(report_troubles(result))
 
 
 def _report(result: TileResult) -> None:

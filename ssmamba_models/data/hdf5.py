@@ -85,7 +85,7 @@ def damage_named(path: str | os.PathLike, cure: str) -> Iterator[None]:
     except MemoryError as error:
         raise ValueError(f"{name} does not fit into memory ({error}), or is damaged; {cure}") from error
     except Exception as error:
-        if isinstance(error, ValueError) and name in str(error):
+        if isinstance(error, ValueError) and os.fspath(path) in str(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name} is damaged ({reason}); {cure}") from error

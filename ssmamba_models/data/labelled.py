@@ -136,9 +136,10 @@ def _read_folders(root: Path) -> LabelledTiles:
     tops = {_split_name(names[0]) if len(names) > 1 else "" for names in parts}
     if "train" in tops and len(tops & _SPLIT_FOLDERS) > 1:
         _check_splits_alone(root, found.paths)
-    if "train" not in tops or not tops <= _SPLIT_FOLDERS:
-        return LabelledTiles(found.root, found.paths, found.labels)
     labels = tuple(names[1] for names in parts) if all(len(names) > 2 for names in parts) else None
+    # A class may be called "test"; two such names, with folders in them, are splits.
+    if not tops <= _SPLIT_FOLDERS or ("train" not in tops and (len(tops) < 2 or labels is None)):
+        return LabelledTiles(found.root, found.paths, found.labels)
     return LabelledTiles(found.root, found.paths, labels, splits=tuple(_split_name(names[0]) for names in parts))
 
 
@@ -198,8 +199,13 @@ def tile_path(root: Path, manifest: Path, line: int, text: str) -> str:
     if "\\" in text and not (root / text).exists():
         text = text.replace("\\", "/")
     path = posixpath.normpath(text)
+    if os.path.isabs(path):
+        path = Path(os.path.relpath(path, root)).as_posix()
     if posixpath.isabs(path) or os.path.isabs(path) or path.split("/")[0] == "..":
-        raise ValueError(f"{str(manifest)!r}, line {line}: {text!r} leads out of the folder; give paths relative to it")
+        raise ValueError(
+            f"{str(manifest)!r}, line {line}: {text!r} leads out of the folder {str(root)!r}; give paths in it, "
+            "relative to it"
+        )
     return path
 
 

@@ -17,6 +17,7 @@ GEOMETRY = {
     "level0_height": "height of level 0 in pixels",
     "name": "the slide's name",
 }
+
 _COUNTS = ("patch_size", "overlap", "level0_width", "level0_height")
 
 
@@ -82,8 +83,8 @@ def check_geometry(attributes: Mapping[str, Any], where: str) -> dict[str, Any]:
     missing = [name for name in GEOMETRY if name not in attributes]
     if missing:
         raise ValueError(
-            f"{where}: coords lack the attribute{'s' if len(missing) > 1 else ''} {', '.join(missing)}; a file of "
-            "CLAM or TRIDENT must go through `ssmamba convert` first"
+            f"{where}: coords lack the attribute{'s' if len(missing) > 1 else ''} {', '.join(missing)}; if CLAM or "
+            "TRIDENT wrote it, `ssmamba convert` makes one of ours from it"
         )
     checked = {**attributes, **{name: clean(name, attributes[name], where) for name in GEOMETRY}}
     if checked["overlap"] >= checked["patch_size"]:
@@ -122,3 +123,12 @@ def level0_side(patch_size: float, target_mpp: float, level0_mpp: float) -> int 
     nearest = round(side)
     # 224 * 0.5 / 0.25 may miss 448 by a rounding of floats.
     return nearest if nearest and math.isclose(side, nearest, rel_tol=1e-12) else side
+
+
+def is_enlarged(level0_mpp: float, target_mpp: float) -> bool:
+    """Whether tiles have more pixels than the slide holds there: a finer mpp was asked for than it was scanned at.
+
+    Args:
+        level0_mpp, target_mpp: um per pixel of level 0, and of the tiles.
+    """
+    return target_mpp < level0_mpp * (1 - 1e-6)

@@ -14,6 +14,13 @@ from ssmamba_models.data.rgb import to_rgb
 
 TILE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
 
+# Files that tell a folder which this package wrote: a run, a report, a job of extraction. Its pictures are no tiles.
+_WRITTEN = (
+    {"config.yaml", "log.jsonl"},
+    {"report.json", "report.md"},
+    {"config.yaml", "status.jsonl", "thumbnails"},
+)
+
 
 @dataclass(frozen=True)
 class TileFolder:
@@ -37,7 +44,8 @@ def find_tiles(folder: str | os.PathLike) -> TileFolder:
     """Find the tiles in a folder, at any depth.
 
     A tile is a png, jpg, jpeg, tif, tiff, bmp or webp file (in upper or lower case). Hidden files and folders
-    are skipped; links to folders are followed. Where *every* tile lies in a folder of its own class directly
+    are skipped, and so are the runs, reports and extraction jobs that this package wrote below `folder`; links to
+    folders are followed. Where *every* tile lies in a folder of its own class directly
     under `folder` (`folder/tumour/a.png`, `folder/tumour/case1/b.png`), that folder's name is its label;
     a single tile beside the class folders means that the folder names no classes.
 
@@ -70,6 +78,9 @@ def find_tiles(folder: str | os.PathLike) -> TileFolder:
 def _walk(root: Path, relative: str, ancestors: tuple[Path, ...]) -> Iterator[str]:
     with os.scandir(root / relative) as entries:
         visible = [entry for entry in entries if not entry.name.startswith(".")]
+    names = {entry.name for entry in visible}
+    if relative and any(written <= names for written in _WRITTEN):
+        return
     for entry in visible:
         if entry.is_dir():
             target = Path(entry.path).resolve()

@@ -27,7 +27,7 @@ from ssmamba_models.engine.weights import (
     read_weights,
     weights_sha256,
 )
-from ssmamba_models.models.published import WeightsError, check_named
+from ssmamba_models.models.published import WeightsError, check_named, offline_note
 from ssmamba_models.notice import SSMambaWarning
 from ssmamba_models.zoo import list_models
 
@@ -235,8 +235,8 @@ def _create(model: str, pretrained: bool, img_size: int | None, seed: int, args:
             if not pretrained and ":" not in model:
                 raise
             raise OSError(
-                f"the weights of {model} cannot be loaded ({first_line(error)}); `ssmamba doctor` checks "
-                "the hub's settings and cache, --checkpoint FILE takes weights that you have"
+                f"the weights of {model} cannot be loaded ({first_line(error)}{offline_note()}); `ssmamba doctor` "
+                "checks the hub's settings and cache; a file of weights that you have will do instead"
             ) from error
 
 

@@ -26,10 +26,10 @@ from ssmamba_models.engine.finetune_config import FinetuneConfig
 from ssmamba_models.engine.finetune_report import describe_tiles, write_metrics, write_predictions
 from ssmamba_models.engine.loop import Task, Trainer, TrainResult, global_batches
 from ssmamba_models.engine.metrics import classification_metrics, require_torchmetrics
-from ssmamba_models.engine.network import create_network
+from ssmamba_models.engine.network import create_network, told_name
 from ssmamba_models.engine.optimisation import undecayed_names
 from ssmamba_models.engine.processes import create_accelerator
-from ssmamba_models.engine.run_folder import open_run
+from ssmamba_models.engine.run_folder import open_run, without_lost_init
 from ssmamba_models.engine.run_log import RunLog
 from ssmamba_models.engine.validation import Predictions, Validation
 
@@ -81,7 +81,7 @@ def finetune(
     # What can fail does so before the run folder is made.
     global_batches(config, len(train), accelerator)
     mixup = _create_mixup(config, len(train.classes), accelerator.num_processes)
-    network = create_network(config, len(train.classes))
+    network = create_network(without_lost_init(config, out, resume), len(train.classes))
     _check_size(network, config)
     data = _training_data(config, train, network)
     classifier = _create_classifier(config, network, train, mixup)
@@ -274,7 +274,7 @@ class _Judge:
     def export(self, classifier: Classifier) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The best epoch's weights; before an epoch has ended those of the moment."""
         described = {
-            "model": self.config.model,
+            "model": told_name(self.config.model, classifier.network),
             "method": "finetune",
             "img_size": str(self.config.img_size),
             "num_classes": str(len(self.classes)),

@@ -12,7 +12,7 @@ from torch import nn
 from ssmamba_models.engine.encoder import check_model_name
 from ssmamba_models.engine.train_config import TrainConfig
 from ssmamba_models.engine.weights import first_line, load_weights
-from ssmamba_models.models.published import WeightsError, check_named
+from ssmamba_models.models.published import WeightsError, check_named, offline_note
 from ssmamba_models.zoo import list_models
 
 
@@ -48,6 +48,8 @@ def create_network(config: TrainConfig, num_classes: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = _create(config, num_classes, arguments)
+        if config.init == "pretrained" and num_classes and _published_classes(network) == num_classes:
+            network.reset_classifier(num_classes)  # as many classes are not the same classes
     if config.init not in ("none", "pretrained"):
         _check_source(config.init)
         load_weights(network, config.init)
@@ -70,9 +72,26 @@ def _create(config: TrainConfig, num_classes: int, arguments: dict) -> nn.Module
         if not pretrained:
             raise
         raise OSError(
-            f"the weights of {config.model} cannot be loaded ({first_line(error)}); `ssmamba doctor` checks the hub's "
-            "settings and cache, --init FILE takes weights that you have"
+            f"the weights of {config.model} cannot be loaded ({first_line(error)}{offline_note()}); `ssmamba doctor` "
+            "checks the hub's settings and cache, --init FILE takes weights that you have"
         ) from error
+
+
+def _published_classes(network: nn.Module) -> int:
+    return (getattr(network, "pretrained_cfg", None) or {}).get("num_classes", 0)
+
+
+def told_name(model: str, network: nn.Module) -> str:
+    """What weights say that they are of.
+
+    Args:
+        model: as it was asked for; a place ("hf-hub:...", "local-dir:...") is a matter of this machine and day.
+        network: what timm made of it.
+
+    Returns:
+        A timm name.
+    """
+    return model if ":" not in model else network.pretrained_cfg["architecture"]
 
 
 def _check_source(init: str) -> None:

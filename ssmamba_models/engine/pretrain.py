@@ -26,10 +26,10 @@ from ssmamba_models.engine.methods import (
     create_views,
     get_method,
 )
-from ssmamba_models.engine.network import create_network
+from ssmamba_models.engine.network import create_network, told_name
 from ssmamba_models.engine.processes import create_accelerator
 from ssmamba_models.engine.reconstructions import draw_reconstructions, fixed_batch, save_reconstructions
-from ssmamba_models.engine.run_folder import open_run
+from ssmamba_models.engine.run_folder import open_run, without_lost_init
 from ssmamba_models.engine.run_log import RunLog
 from ssmamba_models.engine.train_config import INFINITE, TrainConfig
 
@@ -108,10 +108,10 @@ def pretrain(
     accelerator = create_accelerator(config.device)
     # What can fail does so before the run folder is made.
     global_batches(config, len(tiles), accelerator)
-    module, data = build(config, tiles)
+    module, data = build(without_lost_init(config, out, resume), tiles)
     with open_run(out, config, resume, main=accelerator.is_main_process) as run:
         accelerator.wait_for_everyone()
-        metadata = describe(config, tiles)
+        metadata = describe(config, tiles, module.encoder)
         task = Task(
             module=module,
             data=data,
@@ -166,10 +166,10 @@ def encoder_weights(module: nn.Module) -> dict[str, torch.Tensor]:
     return dict(module.encoder.state_dict())
 
 
-def describe(config: PretrainConfig, tiles: LabelledTiles) -> dict[str, str]:
+def describe(config: PretrainConfig, tiles: LabelledTiles, encoder: nn.Module) -> dict[str, str]:
     """What weights.safetensors says of itself."""
     described = {
-        "model": config.model,
+        "model": told_name(config.model, encoder),
         "method": config.method,
         "img_size": str(config.img_size),
         "num_classes": "0",

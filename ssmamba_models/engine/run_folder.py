@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 from ssmamba_models.engine.checkpoints import Checkpoints
 from ssmamba_models.engine.config import Dataclass, config_values, load_config, save_config
+from ssmamba_models.engine.train_config import TrainConfig
 from ssmamba_models.locks import BEAT, STALE, Locks
 from ssmamba_models.notice import SSMambaWarning
 from ssmamba_models.output import is_unfinished, remove_unfinished
@@ -65,6 +67,30 @@ def open_run(folder: str | os.PathLike, config: RunConfig, resume: bool, *, main
         save_config(config, saved)
         Checkpoints(run / "checkpoints").clean()
         yield run
+
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def without_lost_init(config: Config, folder: str | os.PathLike, resume: bool) -> Config:
+    """The configuration to make the network of a resumed run by, whose first weights may have been moved since.
+
+    Args:
+        config: of the training.
+        folder: the run folder.
+        resume: whether an existing run goes on.
+
+    Returns:
+        `config`; with init "none" where its file is gone and a checkpoint, which holds all weights, is there.
+
+    Raises:
+        ValueError, OSError: there are checkpoints, and none can be read.
+    """
+    if not resume or config.init in ("none", "pretrained") or Path(config.init).exists():
+        return config
+    if Checkpoints(Path(folder) / "checkpoints").load(lambda line: None) is None:
+        return config
+    return dataclasses.replace(config, init="none")
 
 
 def _acquire(locks: Locks, run: Path) -> None:

@@ -151,7 +151,7 @@ def fit_weights(
 
     Raises:
         ValueError: the weights are of another architecture, another width or other classes; the message
-            names what differs. The model is then unchanged.
+            names what differs; or they are not finite. The model is then unchanged.
     """
     if classifier not in ("drop", "keep"):
         raise ValueError(f'classifier is {classifier!r}, expected "drop" or "keep"')
@@ -164,6 +164,14 @@ def fit_weights(
     said, made = _said_model(metadata), _architecture(model)
     if problems or (said and said != made):
         raise ValueError(_misfit(model, state, path, said, made, problems))
+    # What is no parameter (a mask in a buffer) may be infinite.
+    learned = (name for name, _ in model.named_parameters() if name in state)
+    bad = next((name for name in learned if not torch.isfinite(state[name]).all()), None)
+    if bad is not None:
+        raise ValueError(
+            f"the weights {str(path)!r} are not finite (first: {bad}): the training that made them diverged, or they "
+            "are damaged; take an earlier checkpoint, or other weights"
+        )
     model.load_state_dict(state, strict=False)
 
 

@@ -103,9 +103,9 @@ def parse_model(text: str, init: str = PRETRAINED) -> ModelChoice:
 
     Args:
         text: for example "ssmamba_tiny", "mamim=ssmamba_tiny@runs/mamim", "ssmamba_tiny@none" or
-            "hf-hub:owner/name" (which brings its weights, and takes no @INIT). "mamim=ssmamba_tiny@run0,run1,run2" are
+            "hf-hub:owner/name" (which takes no @INIT). "mamim=ssmamba_tiny@run0,run1,run2" are
             three trainings, one for each seed.
-        init: what INIT is where the text names none.
+        init: what INIT is where the text names none; the path of weights does not concern names with a place.
 
     Raises:
         ValueError: not of that form, or several trainings of which one is empty, "pretrained" or "none".
@@ -116,7 +116,10 @@ def parse_model(text: str, init: str = PRETRAINED) -> ModelChoice:
             f"the model {text!r} is not of the form [LABEL=]NAME[@INIT], such as mamim=ssmamba_tiny@runs/mamim; a "
             "label has letters, digits and . _ + -"
         )
-    choice = ModelChoice(label or _default_label(name, own), name, PRETRAINED if ":" in name else (own or init))
+    place = ":" in name
+    if place and init not in (PRETRAINED, RANDOM):
+        init = PRETRAINED  # those of a run are for the names beside it
+    choice = ModelChoice(label or _default_label(name, own), name, own or init)
     if any(not run.strip() for run in choice.runs):
         raise ValueError(f"the model {text!r} has an empty place between commas; expected a training in each")
     if len(choice.runs) > 1 and {PRETRAINED, RANDOM} & set(choice.runs):
@@ -132,6 +135,8 @@ def _split(text: str) -> tuple[str | None, str, str | None]:
     head, at, init = text.partition("@")
     before, equals, after = head.partition("=")
     label, name = (before, after) if equals else (None, head)
+    if ":" in before:  # a place, with = in its path
+        return None, text, None
     if ":" in name:
         return label, name + at + init, None
     return label, name, init if at else None

@@ -64,7 +64,7 @@ def load_trained(source: str | os.PathLike, model: str | None = None) -> Trained
     path = find_weights(source)
     state, metadata = read_weights(path)
     facts = weight_facts(metadata, path)
-    name = _check_name((model or facts.model).split(".")[0], path)
+    name = _check_name(model or facts.model, path).split(".")[0]
     args = dict(facts.model_args)
     cfg = get_pretrained_cfg(name)
     if facts.img_size and cfg and cfg.fixed_input_size:
@@ -82,9 +82,9 @@ def load_trained(source: str | os.PathLike, model: str | None = None) -> Trained
 
 
 def _check_name(name: str, path: Path) -> str:
-    if not name:
+    if not name or ":" in name:
         raise ValueError(f"the weights {str(path)!r} do not say of which model they are; give --model")
-    if not is_model(name):
+    if not is_model(name.split(".")[0]):
         raise ValueError(f"unknown model {name!r}; `ssmamba list` names ours, timm.list_models() all")
     return name
 

@@ -15,6 +15,7 @@ from ssmamba_models.models.published import WEIGHTS
 # Of the machine that trained, and nothing that the weights depend on.
 _LOCAL = frozenset({"device", "workers", "log_every", "cache_gb"})
 _PATHS = ("data", "features", "init", "config", "out")
+_LOCAL_DIR = "local-dir:"
 # What logs of tile and of slide trainings count.
 _COUNTED = ("images", "slides")
 _BOOKKEEPING = frozenset({"step", "epoch", *_COUNTED, "seconds", "event", "lr", "grad_norm"})
@@ -87,6 +88,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _last_part(key: str, value: Any) -> Any:
+    if key == "model" and isinstance(value, str) and value.startswith(_LOCAL_DIR):
+        return _LOCAL_DIR + Path(value.removeprefix(_LOCAL_DIR)).name
     return Path(value).name if key in _PATHS and isinstance(value, str) else value
 
 

@@ -46,6 +46,13 @@ def check_named(model_name: str, pretrained: bool, cache_dir: str | os.PathLike 
         raise ValueError(f"{model_name!r} has an unknown source; expected hf-hub:ORG/NAME or local-dir:FOLDER")
 
 
+def offline_note() -> str:
+    """What a message adds where the Hub was not asked at all: "" or "; HF_HUB_OFFLINE is set"."""
+    from huggingface_hub import constants
+
+    return "; HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+
+
 def check_cfg(cfg: Mapping[str, Any], cache_dir: str | os.PathLike | None = None) -> None:
     """Fetch and check the weights of a timm pretrained configuration, where it says hub or folder.
 

@@ -17,7 +17,7 @@ from ssmamba_models.wsi.decoding import Prepared, PrepareTask
 from ssmamba_models.wsi.errors import one_line
 from ssmamba_models.wsi.extract_plan import ExtractPlan
 from ssmamba_models.wsi.job import Job
-from ssmamba_models.wsi.job_folder import JobFolder
+from ssmamba_models.wsi.job_folder import JobFolder, check_root
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.status import DONE, FAILED, NO_TISSUE, PENDING, is_settled
 from ssmamba_models.wsi.tile_encoder import TileEncoder
@@ -77,6 +77,7 @@ def dry_run(
         As `extract_slides`; nothing is written.
     """
     found = plan.slides(slides)
+    check_root(out)
     encoder = plan.load()
     job = Job(out, plan.settings(encoder, encoder.provenance()))
     job.check_place()

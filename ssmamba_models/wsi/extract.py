@@ -17,6 +17,7 @@ from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.extract_plan import ExtractPlan
 from ssmamba_models.wsi.held_slide import Outcomes
 from ssmamba_models.wsi.job import Job
+from ssmamba_models.wsi.job_folder import check_root
 from ssmamba_models.wsi.job_run import JobResult, follow, job_standing, progress_bar, stopped_in_order
 from ssmamba_models.wsi.local_engine import LocalEngine, Timing
 from ssmamba_models.wsi.slide_list import SlideFile
@@ -70,6 +71,7 @@ def extract_slides(
     plan = plan or ExtractPlan()
     require_h5py()
     found = plan.slides(slides)
+    check_root(out)
     if plan.engine == "ray":
         from ssmamba_models.wsi.ray_engine import require_ray
 

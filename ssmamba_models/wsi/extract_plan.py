@@ -12,6 +12,7 @@ from ssmamba_models.wsi.tile_encoder import TileEncoder
 from ssmamba_models.wsi.tiling_plan import TilingPlan
 
 ENGINES, DTYPES = ("local", "ray"), ("float32", "float16")
+_OF_RAY = ("num_cpus", "num_gpus", "max_retries")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class ExtractPlan(TilingPlan):
         for name, known in (("dtype", DTYPES), ("engine", ENGINES), ("pool", POOLS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        for name in _OF_RAY:
+            if self.engine != "ray" and getattr(self, name) != getattr(ExtractPlan, name):
+                raise ValueError(f"{name} is {getattr(self, name)}, but only Ray's tasks have it; add --engine ray")
 
     def load(self) -> TileEncoder:
         """The model (see `load_encoder`)."""

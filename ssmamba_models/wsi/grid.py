@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ssmamba_models.data.tile_geometry import is_enlarged
 from ssmamba_models.wsi.mpp import check_mpp
 from ssmamba_models.wsi.tissue import TissueMask
 
@@ -65,7 +66,7 @@ class TileGrid:
     @property
     def upsampled(self) -> bool:
         """Whether tiles have more pixels than the slide (a finer mpp than it was scanned at was asked for)."""
-        return self.target_mpp < self.level0_mpp * (1 - 1e-6)
+        return is_enlarged(self.level0_mpp, self.target_mpp)
 
 
 def make_grid(

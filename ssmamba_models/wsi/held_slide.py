@@ -169,10 +169,11 @@ class HeldSlide(abc.ABC):
 
     def _end(self, outcome: Outcome, tell: bool = True, **facts: Any) -> None:
         known = {} if self._prepared is None else self._prepared.facts()
+        given = {} if self.slide.mpp is None else {"given_mpp": self.slide.mpp}
         times = {"seconds": round(time.monotonic() - self._start, 2), "bytes": self.slide.bytes}
         try:
             if tell:
-                self._job.status.write(outcome.status, outcome.slide, **known, **facts, **times)
+                self._job.status.write(outcome.status, outcome.slide, **known, **given, **facts, **times)
         except OSError as error:
             raise OutputError.of(error, self._job.status.path) from error
         finally:

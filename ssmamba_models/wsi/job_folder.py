@@ -114,10 +114,7 @@ class JobFolder(abc.ABC, Generic[Settings]):
         Raises:
             FileNotFoundError, FileExistsError, NotADirectoryError, ValueError: as `open`.
         """
-        if not self.root.parent.is_dir():
-            raise FileNotFoundError(f"the folder {str(self.root.parent)!r} does not exist; create it (mkdir -p)")
-        if self.root.exists() and not self.root.is_dir():
-            raise NotADirectoryError(f"the job's folder {str(self.root)!r} is a file; choose another --out")
+        check_root(self.root)
         if self.config.exists():
             self.check_settings()
         elif self.root.is_dir():
@@ -141,9 +138,15 @@ class JobFolder(abc.ABC, Generic[Settings]):
         if not self.config.exists():
             return
         saved, now = load_config(_Saved, self.config).settings, self.settings.values()
+        strange = set(saved) - {field.name for field in dataclasses.fields(self.settings)}
+        if strange:
+            raise ValueError(
+                f"{str(self.root)!r} is a job, but not one that makes {self.outputs} (its config.yaml has "
+                f"{', '.join(sorted(strange))}); choose another --out"
+            )
         changed = [key for key in {**now, **saved} if saved.get(key) != now.get(key)]
         if changed:
-            listed = "; ".join(f"{key} was {saved.get(key)!r}, now {now.get(key)!r}" for key in changed)
+            listed = "; ".join(f"{key} was {_brief(saved.get(key))}, now {_brief(now.get(key))}" for key in changed)
             raise ValueError(
                 f"the job {str(self.root)!r} was begun with other settings ({listed}); a job does not mix "
                 f"{self.outputs}: give the same settings, or another --out"
@@ -219,6 +222,25 @@ class JobFolder(abc.ABC, Generic[Settings]):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def check_root(out: str | os.PathLike) -> None:
+    """Make sure, before a model is loaded, that a job's folder is one or can be made.
+
+    Raises:
+        FileNotFoundError: the folder above it is not there.
+        NotADirectoryError: it is a file.
+    """
+    root = Path(out)
+    if not root.parent.is_dir():
+        raise FileNotFoundError(f"the folder {str(root.parent)!r} does not exist; create it (mkdir -p)")
+    if root.exists() and not root.is_dir():
+        raise NotADirectoryError(f"the job's folder {str(root)!r} is a file; choose another --out")
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if not re.fullmatch(r"'[0-9a-f]{64}'", text) else f"{text[:13]}...'"
 
 
 def remove_matching(folder: Path, pattern: re.Pattern) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ssmamba_models.data.tile_geometry import is_enlarged
 from ssmamba_models.wsi.held_slide import Outcomes
 from ssmamba_models.wsi.job_folder import JobFolder
 from ssmamba_models.wsi.slide_list import SlideFile
@@ -32,6 +33,7 @@ class JobResult:
         slides: how many the job has.
         done, no_tissue, unfinished: slides; the last are those that other processes work on.
         failed: slide -> reason.
+        enlarged: slides that are done and were scanned at a coarser mpp than their tiles have.
         new: slides that this process ended.
     """
 
@@ -41,6 +43,7 @@ class JobResult:
     no_tissue: list[str]
     unfinished: list[str]
     failed: dict[str, str]
+    enlarged: list[str]
     new: int
 
 
@@ -57,6 +60,7 @@ def job_standing(job: JobFolder, slides: list[SlideFile], new: int) -> dict[str,
         "no_tissue": names.get(NO_TISSUE, []),
         "unfinished": names.get(STARTED, []) + names.get(PENDING, []),
         "failed": {name: latest[name].get("reason", "") for name in names.get(FAILED, [])},
+        "enlarged": [name for name in names.get(DONE, []) if is_enlarged(latest[name].get("mpp", 0), job.settings.mpp)],
         "new": new,
     }
 

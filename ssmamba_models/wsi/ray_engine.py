@@ -11,11 +11,13 @@ import functools
 import logging
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 from ssmamba_models.locks import STALE
+from ssmamba_models.notice import SSMambaWarning
 from ssmamba_models.wsi.claims import Claims
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.errors import one_line
@@ -144,4 +146,6 @@ def _extract_slide(slide: SlideFile, root: str, plan: ExtractPlan) -> tuple[Outc
 @functools.lru_cache(maxsize=1)
 def _encoder(plan: ExtractPlan) -> TileEncoder:
     # A process of the cluster does slide after slide with one model.
-    return plan.load()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SSMambaWarning)  # the process that began the job has said it
+        return plan.load()

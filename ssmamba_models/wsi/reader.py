@@ -10,6 +10,7 @@ from types import TracebackType
 import numpy as np
 
 from ssmamba_models.data.slide_table import slide_name
+from ssmamba_models.data.tile_geometry import is_enlarged
 from ssmamba_models.wsi.backend import Backend
 from ssmamba_models.wsi.errors import EmptySlideError, NotASlideError
 from ssmamba_models.wsi.field_of_view import FieldOfView, find_field_of_view, resize_field
@@ -66,7 +67,7 @@ class Slide:
 
     def upsamples(self, mpp: float) -> bool:
         """Whether tiles at this mpp have more pixels than the slide holds (they are smooth, not sharp)."""
-        return mpp < self.mpp * (1 - 1e-6)
+        return is_enlarged(self.mpp, mpp)
 
     def field_of_view(self, x: float, y: float, width_px: int, height_px: int, mpp: float) -> FieldOfView:
         """What `read_region` reads with the same arguments: the level, and the exact field of view."""

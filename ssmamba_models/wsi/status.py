@@ -108,7 +108,8 @@ def is_settled(event: Mapping[str, Any], slide: SlideFile, retry_failed: bool) -
     if event.get("bytes") != slide.bytes:
         return False
     if event.get("status") == FAILED:
-        return not retry_failed
+        # Whoever gives another mpp than when it failed has read why.
+        return not retry_failed and slide.mpp == event.get("given_mpp")
     # What is tissue depends on the mpp: small things are dirt.
     return event.get("status") == NO_TISSUE and (slide.mpp is None or slide.mpp == event.get("mpp"))
 

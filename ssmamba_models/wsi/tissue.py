@@ -33,6 +33,8 @@ _BLUE_HUES, _BLUE_INK = (185, 250), 0.75
 # In um, so that the mask does not depend on the overview's resolution.
 _MEDIAN, _CLOSING = 24.0, 56.0
 _SMALLEST_OBJECT, _LARGEST_HOLE = 150.0**2, 300.0**2
+# Nor is a larger share of the whole image small: a field of view of 100 um is no dirt.
+_LARGEST_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,9 @@ def _tidy(mask: np.ndarray, mpp: float) -> np.ndarray:
     mask = ndimage.uniform_filter(mask.astype(np.float32), _odd(_MEDIAN / mpp), mode="nearest") > 0.5
     side = _odd(_CLOSING / mpp)
     closed = ndimage.minimum_filter(ndimage.maximum_filter(mask, side), side)
-    filled = ~_without_small(ndimage, ~closed, _LARGEST_HOLE / mpp**2)
-    return _without_small(ndimage, filled, _SMALLEST_OBJECT / mpp**2)
+    largest = _LARGEST_SHARE * mask.size
+    filled = ~_without_small(ndimage, ~closed, min(_LARGEST_HOLE / mpp**2, largest))
+    return _without_small(ndimage, filled, min(_SMALLEST_OBJECT / mpp**2, largest))
 
 
 def _odd(size: float) -> int:

@@ -71,7 +71,7 @@ class TestConvert:
             file["coords"].attrs.update({"patch_level": 0, "level_dim": (9000, 8000)})
             del file["coords"].attrs["patch_size_level0"]
         options = ("--from", "clam", "--to", "ssmamba", "--out", tmp_path / "out")
-        given = ("--level0-mpp", 0.25, "--overlap", 0, "--patch-size", 256, "--model", "uni")
+        given = ("--mpp-override", 0.25, "--overlap", 0, "--tile-size", 256, "--model", "uni")
         result = ssmamba("convert", tmp_path, *options, *given)
         assert result.exit_code == 0, result.output
         read = read_slide_features(tmp_path / "out/a.h5")

@@ -57,6 +57,17 @@ def test_failed_slides_make_exit_code_1(ssmamba, slides, tmp_path):
     assert "failed: bad: " in again.stderr
 
 
+def test_slides_that_are_too_coarse_or_have_no_tile_are_told_of_even_by_a_quiet_run(ssmamba, slides, tmp_path):
+    options = ("--quiet", "--model", "test_ssmamba", "--tile-size", 64, "--img-size", 64, "--workers", 0)
+    result = ssmamba("extract", slides, "--out", tmp_path / "fine", "--mpp", 0.25, *options)
+    assert result.exit_code == 0, result.output
+    assert "1 of 1 slides are coarser than --mpp, and their tiles enlarged" in " ".join(result.stderr.split())
+    result = ssmamba("extract", slides, "--out", tmp_path / "none", *options, "--mpp", 8, "--min-tissue", 1)
+    assert result.exit_code == 0, result.output
+    assert "not one tile: 1 of 1 slides have no tissue" in result.stderr
+    assert "coarser" not in result.stderr
+
+
 def test_dry_run(ssmamba, slides, tmp_path):
     result = ssmamba("extract", slides, "--out", tmp_path / "job", *OPTIONS, "--dry-run", "--quiet")
     assert result.exit_code == 0, result.output

@@ -62,6 +62,17 @@ class TestFolders:
         touch(tmp_path, "train/a.png", "plane/b.png")
         assert read_tiles(tmp_path).classes == ("plane", "train")
 
+    def test_two_splits_without_train_are_no_classes(self, tmp_path):
+        touch(tmp_path, "val/x/a.png", "val/y/b.png", "test/x/c.png")
+        tiles = read_tiles(tmp_path)
+        assert (tiles.labels, tiles.splits) == (("x", "x", "y"), ("test", "val", "val"))
+        with pytest.raises(ValueError, match="is of split 'train'; there is: test, val"):
+            group_split(tiles)
+
+    def test_classes_called_test_and_val(self, tmp_path):
+        touch(tmp_path, "val/a.png", "test/c.png")
+        assert read_tiles(tmp_path).classes == ("test", "val")
+
     @pytest.mark.parametrize("stray", ["thumbnails/a.png", "overview.png"])
     def test_tiles_beside_splits_do_not_turn_the_splits_into_classes(self, tmp_path, stray):
         touch(tmp_path, "train/x/a.png", "val/x/b.png", stray)
@@ -105,6 +116,10 @@ class TestManifest:
     def test_as_excel_and_windows_write_it(self, root):
         manifest(root, "path,label\r", ".\\sub folder\\b.JPG,x\r", ",\r", encoding="utf-8-sig")
         assert read_tiles(root).paths == ("sub folder/b.JPG",)
+
+    def test_absolute_paths_into_the_folder(self, root):
+        manifest(root, "path,label", f"{root}/a.png,x", f"{root}/sub folder/../a.png/../sub folder/b.JPG,x")
+        assert read_tiles(root).paths == ("a.png", "sub folder/b.JPG")
 
     @pytest.mark.parametrize(
         ("lines", "message"),

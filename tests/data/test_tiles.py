@@ -38,6 +38,22 @@ class TestFindTiles:
             (tmp_path / name).touch()
         assert find_tiles(tmp_path).paths == ("c.png",)
 
+    @pytest.mark.parametrize(
+        "written",
+        [
+            ("config.yaml", "log.jsonl"),
+            ("report.md", "report.json"),
+            ("config.yaml", "status.jsonl", "thumbnails/x.png"),
+        ],
+    )
+    def test_what_this_package_wrote_there_is_skipped(self, tmp_path, written):
+        for name in ("a/t.png", "b/t.png", *(f"deep/out/{name}" for name in (*written, "plots/x.png"))):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        assert find_tiles(tmp_path).paths == ("a/t.png", "b/t.png")
+        # Unless it is asked for by its name.
+        assert "plots/x.png" in find_tiles(tmp_path / "deep" / "out").paths
+
     def test_class_folders_are_labels_at_any_depth(self, tmp_path):
         for name in ("tumour/case1/a.png", "normal/b.png"):
             save(tmp_path / name)

@@ -205,6 +205,25 @@ class TestSameNumbers:
         assert result.best == trained[1].best
         assert_same_weights(run, trained[0])
 
+    def test_resumed_where_the_first_weights_are_gone(self, trained, tiles, tmp_path, monkeypatch):
+        init = shutil.copytree(trained[0], tmp_path / "init")
+        run_of(tiles, tmp_path / "whole", init=str(init), epochs=2)
+        real = finetune_module.Trainer._step
+
+        def stepping(trainer, *arguments):
+            if trainer.state.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(trainer, *arguments)
+
+        monkeypatch.setattr(finetune_module.Trainer, "_step", stepping)
+        run_of(tiles, tmp_path / "run", init=str(init), epochs=2)
+        monkeypatch.setattr(finetune_module.Trainer, "_step", real)
+        shutil.rmtree(init)
+        run_of(tiles, tmp_path / "run", init=str(init), epochs=2, resume=True)
+        assert_same_weights(tmp_path / "run", tmp_path / "whole")
+        with pytest.raises(FileNotFoundError, match="a weight file or run folder that exists"):
+            run_of(tiles, tmp_path / "new", init=str(init), epochs=2, resume=True)
+
     def test_with_workers(self, tiles, tmp_path):
         for workers in (0, 1):
             run_of(tiles, tmp_path / str(workers), workers=workers, epochs=2)
@@ -344,6 +363,25 @@ class TestInit:
         source = read_weights(tmp_path / "pre" / "weights.safetensors")[0]
         assert all(torch.equal(found[name], value) for name, value in source.items() if name in found)
         assert found.keys() - source.keys() <= {"head.fc.weight", "head.fc.bias"}
+
+    def test_a_published_classifier_of_other_classes_is_left_and_the_weights_say_their_model(
+        self, trained, tiles, monkeypatch, tmp_path
+    ):
+        pytest.importorskip("huggingface_hub")
+        from ssmamba_models.hub.publish import publish
+
+        publish(trained[0], "lab/model", dry_run=tmp_path / "card")
+        place = {"model": f"local-dir:{tmp_path / 'card'}", "init": "pretrained"}
+        found = self.start(tiles, monkeypatch, tmp_path, **place)
+        source = read_weights(trained[0] / "weights.safetensors")[0]
+        assert torch.equal(found["stem.conv1.weight"], source["stem.conv1.weight"])
+        assert found["head.fc.weight"].shape == source["head.fc.weight"].shape
+        assert not torch.isclose(found["head.fc.weight"], source["head.fc.weight"]).any()
+        monkeypatch.undo()
+        run_of(tiles, tmp_path / "tuned", epochs=1, **place)
+        assert read_weights(tmp_path / "tuned" / "weights.safetensors")[1]["model"] == "test_ssmamba"
+        publish(tmp_path / "tuned", "lab/tuned", dry_run=tmp_path / "again")
+        assert "model: local-dir:card\n" in (tmp_path / "again" / "README.md").read_text()
 
     def test_another_architecture(self, trained, tiles, tmp_path):
         with pytest.raises(ValueError, match=r"are of test_ssmamba .*do not fit test_vit"):

@@ -235,6 +235,13 @@ class TestMisfits:
         save_file(state, tmp_path / "m.safetensors")
         self.refuse(tmp_path / "m.safetensors", r"tensors 1 missing \(first: stem\.norm2\.bias\);")
 
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_not_finite(self, trained, tmp_path, value):
+        state = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+        state["stem.norm2.bias"][3] = value
+        save_file(state, tmp_path / "m.safetensors")
+        self.refuse(tmp_path / "m.safetensors", r"m\.safetensors' are not finite \(first: stem\.norm2\.bias\).*earlier")
+
     def test_a_kept_classifier_of_other_classes(self, file):
         match = r"1 of another shape \(first: head\.fc\.weight: \(3, 48\)|2 of another shape \(first: head\.fc\.weight"
         self.refuse(file, match, target=model(num_classes=5), classifier="keep")

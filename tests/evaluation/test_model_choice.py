@@ -17,6 +17,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::ssmamba_models.engine.encoder.R
         ("x=ssmamba_tiny@a@b.safetensors", ("x", "ssmamba_tiny", "a@b.safetensors")),
         ("vit_small_patch16_224.augreg_in1k", ("vit_small_patch16_224.augreg_in1k",) * 2 + ("pretrained",)),
         ("hf-hub:owner/name@main", ("hf-hub_owner_name_main", "hf-hub:owner/name@main", "pretrained")),
+        ("local-dir:/a/b=c@d", ("local-dir_a_b_c_d", "local-dir:/a/b=c@d", "pretrained")),
+        ("x=local-dir:/a/b=c", ("x", "local-dir:/a/b=c", "pretrained")),
         ("color_histogram", ("color_histogram", "color_histogram", "pretrained")),
     ],
 )
@@ -26,7 +28,9 @@ def test_how_a_model_is_written(text, choice):
 
 def test_init_stands_in_where_a_model_names_none():
     choices = parse_models(["a=ssmamba_tiny", "b=ssmamba_tiny@runs/x", "c=hf-hub:o/n"], init="none")
-    assert [choice.init for choice in choices] == ["none", "runs/x", "pretrained"]
+    assert [choice.init for choice in choices] == ["none", "runs/x", "none"]
+    # A file of weights is not meant for a name that brings its own.
+    assert parse_model("hf-hub:o/n", init="runs/x").init == "pretrained"
 
 
 @pytest.mark.parametrize("text", ["", "@none", "ssmamba_tiny@", "=ssmamba_tiny", "a b=x", "a/b=x"])

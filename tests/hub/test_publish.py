@@ -176,6 +176,8 @@ class TestBadInput:
         path = tmp_path / "m.safetensors"
         save_file(state_of(run), path)
         self.refused(tmp_path, ValueError, "do not say of which model they are; give --model", path, "l/m")
+        save_file(state_of(run), path, {"model": "local-dir:some.where"})
+        self.refused(tmp_path, ValueError, "do not say of which model they are; give --model", path, "l/m")
 
     def test_another_model(self, run, tmp_path):
         self.refused(tmp_path, ValueError, "are of test_ssmamba .*do not fit ssmamba_tiny", run, "l/m", "ssmamba_tiny")

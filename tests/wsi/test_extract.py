@@ -15,7 +15,7 @@ from PIL import Image
 pytest.importorskip("h5py", reason="feature files need the [wsi] extra")
 pytest.importorskip("openslide", reason="slides need the [wsi] extra")
 
-from job_cases import FEATURES, TILE, TINY, digests, disc, events, extract, leftovers, make_slides
+from job_cases import FEATURES, TILE, TINY, cut, digests, disc, events, extract, leftovers, make_slides
 from slide_files import blank, make_pyramid
 
 from ssmamba_models.data.feature_check import check_slide_features
@@ -398,6 +398,23 @@ class TestRefusing:
         with pytest.raises(ValueError, match=named):
             extract(slides, whole, **changes)
         assert digests(whole, ("*",)) == before
+
+    def test_a_job_of_another_kind_is_told(self, slides, whole, tmp_path):
+        with pytest.raises(ValueError, match=r"not one that makes tiles \(its config.yaml has .*model.*\); choose"):
+            cut(slides, whole)
+        cut(slides / "a.tif", tmp_path / "tiles")
+        with pytest.raises(ValueError, match=r"not one that makes features .*image_format, quality"):
+            extract(slides / "a.tif", tmp_path / "tiles")
+
+    def test_hashes_are_told_in_short(self, slides, whole):
+        with pytest.raises(ValueError, match=r"weights_sha256 was '[0-9a-f]{12}\.\.\.', now '[0-9a-f]{12}\.\.\.'"):
+            extract(slides, whole, seed=1)
+
+    @pytest.mark.parametrize("option", [{"num_cpus": 4}, {"num_gpus": 1}, {"max_retries": 0}])
+    def test_options_of_ray_without_ray(self, option):
+        with pytest.raises(ValueError, match=r"only Ray's tasks have it; add --engine ray"):
+            ExtractPlan(**option)
+        ExtractPlan(**option, engine="ray")
 
     def test_another_mpp_of_a_slide_that_is_done(self, slides, copy):
         with pytest.raises(ValueError, match=r"a\.h5' was extracted at 0.5 um .* now 0.25 is"):

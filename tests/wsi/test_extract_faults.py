@@ -81,9 +81,10 @@ class TestBadSlides:
         out, table = tmp_path / "job", tmp_path / "mpp.csv"
         path = slides / "no_mpp.tif"
         assert extract(path, out).failed
-        assert extract(path, out, mpp_override=0.5).new == 0
+        assert [extract(path, out, retry_failed=retry).new for retry in (False, True)] == [0, 1]
+        # The cure that the reason names is all that it takes.
         table.write_text("slide,mpp\nno_mpp,0.5\n")
-        result = extract(path, out, mpp_csv=str(table), retry_failed=True)
+        result = extract(path, out, mpp_csv=str(table))
         assert (result.new, result.done) == (1, ["no_mpp"])
         assert read_summary(out / "summary.csv")["no_mpp"]["mpp_source"] == "override"
 
@@ -105,9 +106,8 @@ class TestBadSlides:
     def test_a_dry_run_leaves_out_what_the_job_would(self, slides, tmp_path):
         path, out = slides / "no_mpp.tif", tmp_path / "job"
         extract([path, slides / "blank.tif"], out)
-        for retry, status, tiles in ((False, "failed", False), (True, "pending", True)):
-            plan = ExtractPlan(**TINY, mpp_override=0.5, retry_failed=retry)
-            run = dry_run(path, out, plan, progress=False)
+        for mpp, status, tiles in ((None, "failed", False), (0.5, "pending", True)):
+            run = dry_run(path, out, ExtractPlan(**TINY, mpp_override=mpp), progress=False)
             assert (run.slides[0].status, run.tiles > 0) == (status, tiles)
         run = dry_run([path, slides / "blank.tif"], out, ExtractPlan(**TINY), progress=False)
         assert [slide.status for slide in run.slides] == ["no tissue", "failed"]

@@ -58,6 +58,16 @@ def test_a_blank_slide_from_a_file_has_no_tiles(tmp_path):
         assert len(make_grid(slide.dimensions, slide.mpp, 0.5, 224, mask=tissue_mask(slide))) == 0
 
 
+@pytest.mark.parametrize("side", [16, 24, 40])
+def test_a_field_of_view_smaller_than_dirt_and_holes_may_be(side):
+    """128, 192 and 320 um."""
+    assert found(canvas((220, 120, 170), shape=(side, side))).all()
+    assert not found(canvas(shape=(side, side))).any()
+    half = canvas(shape=(side, side))
+    half[:, side // 2 :] = canvas((220, 120, 170), shape=(side, side))[:, side // 2 :]
+    assert found(half).mean() == pytest.approx(0.5, abs=0.1)
+
+
 def test_a_slide_without_glass_is_tissue_all_over():
     assert found(canvas(PINK)).all()
     two = canvas(PINK)
