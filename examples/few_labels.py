@@ -34,6 +34,7 @@ def config_of(data, fraction, init, seed, arguments):
         "img_size": 64 if arguments.quick else arguments.img_size,
         "batch_size": 4 if arguments.quick else BATCH,
         "lr": arguments.lr,
+        "precision": arguments.precision,
         "init": init,
         "train_fraction": fraction,
         "seed": seed,
@@ -75,6 +76,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=150, help="of each run; default: %(default)s")
     parser.add_argument("--lr", type=float, default=5e-4, help="default: %(default)s")
+    parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16; default: %(default)s")
     parser.add_argument("--img-size", type=int, default=96, help="default: %(default)s")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the table")
     parser.add_argument("--quick", action="store_true", help="a tiny model on synthetic tiles; no pretrained weights")
