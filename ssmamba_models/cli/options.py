@@ -31,7 +31,7 @@ def json_option(command: Callable) -> Callable:
 
 def pool_option(command: Callable) -> Callable:
     """--pool, as `pool`: how an encoder's last maps become a vector."""
-    text = "Features: model: its own head's; mean_std: mean and deviation of its last map; mean_std_last2: of two."
+    text = "Features: model: its own head's; mean_std: mean and deviation of its last map; _last2, _last4: of more."
     return click.option("--pool", type=click.Choice([*POOLS]), default="model", show_default=True, help=text)(command)
 
 

@@ -122,7 +122,7 @@ def load_encoder(
             trained at, where the file says one, else the model's own.
         seed: makes random weights the same in each run; unused where weights are loaded.
         pool: "model" takes what the model's head gives; "mean_std" the mean of its last map and how much that varies
-            over the tile, twice as wide; "mean_std_last2" that of its last two maps (see
+            over the tile, twice as wide; "mean_std_last2" and "mean_std_last4" those of its last two and four maps (see
             `engine.feature_pool.pool_features`).
 
     Returns:

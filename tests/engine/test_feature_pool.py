@@ -47,9 +47,12 @@ def test_the_map_before_the_last_stands_in_front(name):
     torch.testing.assert_close(found[:, : wanted.shape[1]], wanted, rtol=1e-4, atol=1e-4)
     last = pool_features(model, images, "mean_std")
     torch.testing.assert_close(found[:, wanted.shape[1] :], last, rtol=1e-4, atol=1e-4)
+    four = pool_features(model, images, "mean_std_last4")
+    assert four.shape[1] > found.shape[1]
+    torch.testing.assert_close(four[:, -found.shape[1] :], found, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("pool", "width"), [("mean_std", 96), ("mean_std_last2", 160)])
+@pytest.mark.parametrize(("pool", "width"), [("mean_std", 96), ("mean_std_last2", 160), ("mean_std_last4", 240)])
 def test_an_encoder_tells_its_pool_where_it_is_not_the_models(pool, width):
     plain, pooled = (load_encoder("test_ssmamba", pool=pool) for pool in ("model", pool))
     assert pooled.embed_dim == width
