@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
@@ -49,7 +51,8 @@ def create_network(config: TrainConfig, num_classes: int = 0) -> nn.Module:
         torch.manual_seed(config.seed)
         network = _create(config, num_classes, arguments)
         if config.init == "pretrained" and num_classes and _published_classes(network) == num_classes:
-            network.reset_classifier(num_classes)  # as many classes are not the same classes
+            # As many classes are not the same classes.
+            cast(Callable[[int], None], network.reset_classifier)(num_classes)
     if config.init not in ("none", "pretrained"):
         _check_source(config.init)
         load_weights(network, config.init)
@@ -78,7 +81,12 @@ def _create(config: TrainConfig, num_classes: int, arguments: dict) -> nn.Module
 
 
 def _published_classes(network: nn.Module) -> int:
-    return (getattr(network, "pretrained_cfg", None) or {}).get("num_classes", 0)
+    return _cfg(network).get("num_classes", 0)
+
+
+def _cfg(network: nn.Module) -> Mapping[str, Any]:
+    # nn.Module says that its attributes are tensors or modules.
+    return cast(Mapping[str, Any], getattr(network, "pretrained_cfg", None) or {})
 
 
 def told_name(model: str, network: nn.Module) -> str:
@@ -91,7 +99,7 @@ def told_name(model: str, network: nn.Module) -> str:
     Returns:
         A timm name.
     """
-    return model if ":" not in model else network.pretrained_cfg["architecture"]
+    return model if ":" not in model else _cfg(network)["architecture"]
 
 
 def _check_source(init: str) -> None:
