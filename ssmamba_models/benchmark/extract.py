@@ -129,7 +129,7 @@ def _measure(
             with _peak_memory() as peak:
                 result = extract_slides(slide, slide.parent / f"job{number}", extraction, progress=False)
             if not result.done:
-                reason = result.failed.get(slide.stem, "less than a speck of tissue; use more --tiles or larger ones")
+                reason = result.failed.get(slide.stem, "no tissue was found")
                 raise ValueError(f"the synthetic slide gives no features ({reason})")
             after = measure_speed(encoder, plan.batch_size, seconds)
             rows.append(_row(result.timing, (alone + after) / 2, peak))

@@ -101,7 +101,6 @@ def test_from_the_command_line(ssmamba, tmp_path, monkeypatch):
     [
         ({"model": "test_ssmambo"}, "did you mean test_ssmamba"),
         ({"tiles": 0}, "tiles must be at least 1, got 0"),
-        ({"tiles": 4}, "more --tiles"),
         ({"batch_size": 0}, "batch size must be at least 1"),
         ({"workers": -1}, "workers is -1"),
         ({"device": "cuda:99"}, "device 'cuda:99'"),
