@@ -177,21 +177,26 @@ class TestTrained:
         assert values == pytest.approx([line["val_macro_f1"] for line in epochs_of(trained[0])])
 
 
+def stop_in_step_after(step, monkeypatch):
+    """Send this process SIGTERM while it does the step after so many."""
+    real = finetune_module.Trainer._step
+
+    def stepping(trainer, *arguments):
+        if trainer.state.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(trainer, *arguments)
+
+    monkeypatch.setattr(finetune_module.Trainer, "_step", stepping)
+
+
 class TestSameNumbers:
     def test_resumed_with_dropping_mixing_and_averaging(self, tiles, tmp_path, monkeypatch):
         settings = {"epochs": 3, "drop_path_rate": 0.2, "mixup": 0.4, "cutmix": 1.0, "ema_decay": 0.7}
         run_of(tiles, tmp_path / "whole", **settings)
-        real = finetune_module.Trainer._step
-
-        def stepping(trainer, *arguments):
-            if trainer.state.step == 4:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return real(trainer, *arguments)
-
-        monkeypatch.setattr(finetune_module.Trainer, "_step", stepping)
+        stop_in_step_after(4, monkeypatch)
         stopped = run_of(tiles, tmp_path / "run", **settings)
         assert (stopped.training.step, stopped.training.stopped_by) == (5, signal.SIGTERM)
-        monkeypatch.setattr(finetune_module.Trainer, "_step", real)
+        monkeypatch.undo()
         run_of(tiles, tmp_path / "run", resume=True, **settings)
         assert numbers_of(tmp_path / "run") == numbers_of(tmp_path / "whole")
         assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
@@ -208,16 +213,9 @@ class TestSameNumbers:
     def test_resumed_where_the_first_weights_are_gone(self, trained, tiles, tmp_path, monkeypatch):
         init = shutil.copytree(trained[0], tmp_path / "init")
         run_of(tiles, tmp_path / "whole", init=str(init), epochs=2)
-        real = finetune_module.Trainer._step
-
-        def stepping(trainer, *arguments):
-            if trainer.state.step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return real(trainer, *arguments)
-
-        monkeypatch.setattr(finetune_module.Trainer, "_step", stepping)
+        stop_in_step_after(2, monkeypatch)
         run_of(tiles, tmp_path / "run", init=str(init), epochs=2)
-        monkeypatch.setattr(finetune_module.Trainer, "_step", real)
+        monkeypatch.undo()
         shutil.rmtree(init)
         run_of(tiles, tmp_path / "run", init=str(init), epochs=2, resume=True)
         assert_same_weights(tmp_path / "run", tmp_path / "whole")
