@@ -1,7 +1,7 @@
 """A whole slide to a file of features, and to a picture of which of its tiles look alike to the model.
 
 python examples/extract_slide.py                                         # on a slide that it draws itself
-python examples/extract_slide.py --slide slide.svs --model ssmamba_small
+python examples/extract_slide.py --slide slide.svs --model ssmamba_small --pretrained
 python examples/extract_slide.py --slide slide.tif --mpp-override 0.25   # where the file tells no size of its pixels
 
 The job folder holds what `ssmamba extract` makes: thumbnails with tissue and tiles, outlines for QuPath, summary.csv
@@ -63,7 +63,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slide", type=Path, help="any slide; default: one that is drawn")
     parser.add_argument("--model", default="ssmamba_tiny", help="ours, or any timm name; default: %(default)s")
-    parser.add_argument("--checkpoint", help="weights; without them they are random")
+    parser.add_argument("--pretrained", action="store_true", help="use the model's published weights")
+    parser.add_argument("--checkpoint", help="use these weights; without either they are random")
     parser.add_argument("--mpp", type=float, default=0.5, help="um per pixel of the tiles; default: %(default)s")
     parser.add_argument("--mpp-override", type=float, help="um per level-0 pixel, where the slide does not tell")
     parser.add_argument("--tile-size", type=int, default=224, help="px; default: %(default)s")
@@ -71,6 +72,7 @@ def main():
     arguments = parser.parse_args()
     plan = ExtractPlan(
         model=arguments.model,
+        pretrained=arguments.pretrained,
         checkpoint=arguments.checkpoint,
         mpp=arguments.mpp,
         mpp_override=arguments.mpp_override,

@@ -20,5 +20,5 @@ slides=${1:?"the first argument is the folder of slides"}
 job=${2:?"the second argument is the job folder, on a disk that all nodes see"}
 
 # exec: SLURM's SIGTERM reaches ssmamba itself, which then gives its slides back.
-exec ssmamba extract "$slides" --out "$job" --model ssmamba_small --mpp 0.5 --tile-size 224 \
-    --batch-size 128 --workers "${SLURM_CPUS_PER_TASK:-4}" --bf16 "${@:3}"
+exec ssmamba extract "$slides" --out "$job" --model ssmamba_small --pretrained --mpp 0.5 --tile-size 224 \
+    --batch-size 128 --workers "${SLURM_CPUS_PER_TASK:-4}" --precision auto "${@:3}"

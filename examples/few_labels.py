@@ -1,7 +1,7 @@
 """What pretraining saves in labels: fine-tuning with a share of the labelled groups, pretrained against from scratch.
 
 python examples/few_labels.py --quick --out few                        # synthetic tiles, a tiny model: a minute
-python examples/few_labels.py --data lc25000 --classes lung_aca,lung_n,lung_scc --init RUN --out few
+python examples/few_labels.py --data lc25000 --classes lung_aca,lung_n,lung_scc --out few
 
 The groups are drawn by the seed, the same for both beginnings; all are scored on the groups of the split val. Macro-F1
 is that of the last epoch, with an interval over groups and seeds (bootstrap). What is done is kept: the same line
@@ -74,7 +74,7 @@ def main():
     parser.add_argument("--init", default="pretrained", help="pretrained, a file or a run; default: %(default)s")
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.01, 0.1], help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=150, help="of each run; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=40, help="of each run; default: %(default)s")
     parser.add_argument("--lr", type=float, default=5e-4, help="default: %(default)s")
     parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16; default: %(default)s")
     parser.add_argument("--img-size", type=int, default=96, help="default: %(default)s")

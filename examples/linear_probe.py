@@ -1,6 +1,6 @@
 """Frozen features and a linear classifier: what an encoder knows, with intervals, against colour alone.
 
-python examples/linear_probe.py [--folder tiles] [--model ssmamba_tiny@none] [--out out]
+python examples/linear_probe.py [--folder tiles] [--model ssmamba_tiny] [--out out]
 
 Without --folder synthetic H&E tiles are drawn. A folder has one folder per class, or a manifest.csv with the columns
 path, label and, if you know it, group (the patient: tiles of one patient are never on both sides).
@@ -20,7 +20,7 @@ from ssmamba_models.evaluation.settings import Settings
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="labelled tiles; without it some are drawn")
-    parser.add_argument("--model", default="ssmamba_tiny@none", help="NAME@INIT; default: %(default)s (random weights)")
+    parser.add_argument("--model", default="ssmamba_tiny", help="NAME[@INIT]; @none: random; default: %(default)s")
     parser.add_argument("--size", type=int, default=96, help="side of the input in pixels; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("linear_probe"), help="folder of the report; %(default)s")
     arguments = parser.parse_args()

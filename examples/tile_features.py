@@ -1,6 +1,6 @@
 """A folder of tiles to an HDF5 file of features, and to a picture of nearest neighbours.
 
-python examples/tile_features.py [--folder tiles] [--model ssmamba_tiny] [--out out]
+python examples/tile_features.py [--folder tiles] [--model ssmamba_tiny] [--pretrained] [--out out]
 
 Without --folder a few synthetic H&E tiles are drawn. Each row of the picture is one tile and, to its right, the
 tiles whose features are most similar to its own.
@@ -56,7 +56,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="tiles, nested or flat; class folders become labels")
     parser.add_argument("--model", default="ssmamba_tiny", help="ours, or any timm name; default: %(default)s")
-    parser.add_argument("--checkpoint", help="weights; without them they are random")
+    parser.add_argument("--pretrained", action="store_true", help="use the model's published weights")
+    parser.add_argument("--checkpoint", help="use these weights; without either they are random")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the two files; default: this one")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -66,6 +67,7 @@ def main():
             folder,
             arguments.out / "tile_features.h5",
             model=arguments.model,
+            pretrained=arguments.pretrained,
             checkpoint=arguments.checkpoint,
             overwrite=True,
         )

@@ -16,9 +16,11 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 # Seconds between heartbeats, and after how many without one the owner on another machine counts as dead: long enough
 # for a file server to restart.
@@ -74,7 +76,8 @@ class Locks:
     Args:
         folder: where the files lie; made where it is missing.
         beat: seconds between heartbeats.
-        stale: seconds without one after which an owner on another machine is dead. On this machine its process tells.
+        stale: seconds without one after which an owner on another machine is dead. On this machine its process tells,
+            where the system lets us see it.
     """
 
     def __init__(self, folder: str | os.PathLike, beat: float = BEAT, stale: float = STALE):
@@ -151,17 +154,50 @@ class Locks:
             self._remove_older(name, generation)
         return lock
 
-    def owner(self, name: str) -> tuple[str, bool]:
-        """Who holds a lock, in words, and whether that is a process of this machine."""
+    def holding(self, name: str) -> str | None:
+        """What tells one holding of a lock from the next, of the same owner too; None where it is free."""
         newest = self.newest(name)
+        return None if newest is None else _read(newest[1])
+
+    def owner(self, name: str) -> tuple[str, bool]:
+        """Who holds a lock, in words, and whether it lives for certain: it is of this machine, and runs."""
         try:
-            said = json.loads(_read(newest[1]) or "") if newest is not None else {}
+            said = json.loads(self.holding(name) or "{}")
         except ValueError:
             said = {}
         machine, number = said.get("machine"), said.get("pid")
         if machine == _machine():
-            return f"process {number}", True
+            return f"process {number}", bool(_lives(said))
         return (f"process {number} on {str(machine).split()[0]}" if machine else "another process"), False
+
+    @property
+    def patience(self) -> float:
+        """Seconds without a sign of life after which an owner that we cannot see is dead for certain."""
+        return self._stale + 2 * self._beat
+
+    def await_owners(self, names: Iterable[str]) -> bool:
+        """Wait for owners of whom we cannot see whether they live; at most for `patience`.
+
+        Args:
+            names: what they hold.
+
+        Returns:
+            Whether one of the locks can be had now; False once each owner has given a sign of life.
+        """
+        files = [self.newest(name) for name in names]
+        if None in files:
+            return True
+        silent = {file[1]: _beaten(file[1]) for file in files if file is not None}
+        deadline = time.monotonic() + self.patience
+        while silent and time.monotonic() < deadline:
+            time.sleep(self._beat / 10)
+            for path, beaten in list(silent.items()):
+                owner = _read(path)
+                if owner is None or self._is_dead(path, owner):
+                    return True
+                if _beaten(path) != beaten:
+                    del silent[path]
+        return False
 
     def newest(self, name: str) -> tuple[int, Path] | None:
         """The highest generation of a lock and its file; None where it is free."""
@@ -185,10 +221,8 @@ class Locks:
             said = json.loads(owner)
         except ValueError:
             return self._age(path) > _EMPTY
-        here = _this_process()
-        if said.get("machine") == here["machine"] and os.name == "posix":
-            return _started(said["pid"]) != said["started"]
-        return self._age(path) > self._stale
+        lives = _lives(said)
+        return self._age(path) > self._stale if lives is None else not lives
 
     def _age(self, path: Path) -> float:
         """Seconds since a file's last heartbeat, by the file server's clock: those of two machines may differ."""
@@ -253,30 +287,52 @@ def _read(path: Path) -> str | None:
         return None
 
 
-def _this_process() -> dict[str, str | int]:
+def _beaten(path: Path) -> int | None:
+    """When a file's last heartbeat was; None where it is gone."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _this_process() -> dict[str, str | int | None]:
     return {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
 
 
 def _machine() -> str:
-    # Containers may share a host name; a process number means something in its own namespace only.
+    # Containers may share a host name, and so may machines ("localhost"); a process number means something in its own
+    # namespace only, on a machine that has not been started again.
+    facts = [socket.gethostname()]
     with contextlib.suppress(OSError):
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    return socket.gethostname()
+        facts.append(os.readlink("/proc/self/ns/pid"))
+    with contextlib.suppress(OSError):
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    return " ".join(facts)
 
 
-def _started(pid: int) -> str:
-    """When a process of this machine began, in the system's words; "" where it does not run (zombies do not)."""
+def _lives(said: Mapping[str, Any]) -> bool | None:
+    """Whether a lock's owner runs; None where only its heartbeat can tell: on another machine, or hidden from us."""
+    if said.get("machine") != _machine() or os.name != "posix":
+        return None
+    started = _started(said["pid"])
+    return None if started is None else started == said["started"]
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine began, in the system's words.
+
+    "" where it does not run (zombies do not), None where it runs and the system hides when it began.
+    """
     try:
         # The second field is the command's name in brackets, which may hold blanks and brackets.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]
     except OSError:
-        if os.path.exists("/proc/self/stat"):
-            return ""
+        pass  # there is no /proc, no such process, or it is another user's and /proc is mounted with hidepid
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return ""
     except OSError:
         pass
-    return "running"
+    return None if os.path.exists("/proc/self/stat") else "running"

@@ -1,7 +1,7 @@
 """README cannot rot: every block of code runs, every command that it mentions parses, every file is there.
 
-Blocks run as they stand, in an empty folder that holds the inputs they name, but for what SMALLER and QUICK say: models
-that take seconds, and options that cut a training short.
+Blocks run as they stand, one after another in one folder that holds the inputs they name, but for what SMALLER and
+QUICK say: models that take seconds, and options that cut a training short.
 """
 
 from __future__ import annotations
@@ -89,19 +89,11 @@ def inputs(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(ssmamba, inputs, tmp_path):
-    """A run folder of `ssmamba pretrain`, where a section speaks of one that an earlier section made."""
+    """A run folder of `ssmamba pretrain`, which README's Python blocks speak of."""
     options = ("--model", "test_ssmamba", *QUICK["pretrain"].split())
     made = ssmamba("pretrain", "--data", inputs / "tiles", "--out", tmp_path / "run", *options)
     assert made.exit_code == 0, made.output
     return tmp_path / "run"
-
-
-def place_inputs(inputs: Path, folder: Path, text: str) -> None:
-    """Links to the inputs, except what the block itself writes."""
-    written = re.findall(r"--out (\S+)", text)
-    for path in inputs.iterdir():
-        if path.name not in written:
-            (folder / path.name).symlink_to(path)
 
 
 def quick(words: list[str]) -> list[str]:
@@ -114,23 +106,22 @@ def quick(words: list[str]) -> list[str]:
     return [word for word in text.split("\0") if word] + QUICK[name].split()
 
 
-@pytest.mark.parametrize("block", range(len(SHELL)), ids=[heading for heading, _ in SHELL])
-def test_shell_blocks_run(block, inputs, ssmamba, monkeypatch, tmp_path, request):
-    heading, text = SHELL[block]
-    if "publish run" in text:
-        request.getfixturevalue("run")
-    place_inputs(inputs, tmp_path, text)
+def test_shell_blocks_run_in_order(inputs, ssmamba, monkeypatch, tmp_path):
+    """In one folder, as a reader who types one after another: none may stand in another's way."""
+    for path in inputs.iterdir():
+        (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    for words in command_lines(text):
-        check_line(words)
-        if words[0] in ONLY_PARSED:
-            continue
-        result = ssmamba(*quick(words[1:]))
-        assert result.exit_code == 0, f"{heading}: `{' '.join(words)}`: {result.output}"
-        for option in ("--out", "--dry-run"):
-            if option in words:
-                made = quick(words[1:])[words.index(option)]
-                assert Path(made).exists(), f"`{' '.join(words)}` made no {made}"
+    for heading, text in SHELL:
+        for words in command_lines(text):
+            check_line(words)
+            if words[0] in ONLY_PARSED:
+                continue
+            result = ssmamba(*quick(words[1:]))
+            assert result.exit_code == 0, f"{heading}: `{' '.join(words)}`: {result.output}"
+            for option in ("--out", "--dry-run"):
+                if option in words:
+                    made = quick(words[1:])[words.index(option)]
+                    assert Path(made).exists(), f"`{' '.join(words)}` made no {made}"
 
 
 def test_python_blocks_run_in_order(run, ssmamba, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import timm
 import torch
+from einops import rearrange
 from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -78,10 +79,8 @@ class MaskedAutoencoder(nn.Module):
 
     def _target(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, N, P * P * 3): the pixels of each patch, of mean 0 and variance 1."""
-        b, c, height, width = images.shape
         p = self.patch_size
-        x = images.float().reshape(b, c, height // p, p, width // p, p)
-        x = x.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, p * p * c)
+        x = rearrange(images.float(), "b c (h i) (w j) -> b (h w) (i j c)", i=p, j=p)
         return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
 
 

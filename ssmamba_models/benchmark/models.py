@@ -15,6 +15,7 @@ from ssmamba_models.benchmark.model_step import ModelStep, StepSpec
 from ssmamba_models.benchmark.report import format_table, optional_number
 from ssmamba_models.benchmark.timing import Timing, best_of, speedup, thread_count, time_interleaved
 from ssmamba_models.engine.process_memory import keep_large_blocks, large_blocks_kept
+from ssmamba_models.notice import first_line
 
 DEFAULT_MODEL = "ssmamba_small"
 DEFAULT_PEERS = ("vit_small_patch16_224", "mambaout_tiny", "convnext_tiny")
@@ -240,7 +241,7 @@ def _prepare(entry: Entry, memory: bool) -> None:
             entry.peak_mib = measure_peak_mib(entry.spec, kept=large_blocks_kept())
         entry.step = step
     except Exception as error:  # timm's models say no in many ways: AssertionError, RuntimeError, ...
-        entry.reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        entry.reason = first_line(error)
 
 
 def _set_ratios(entries: Sequence[Entry], model: str) -> None:

@@ -23,6 +23,7 @@ from ssmamba_models.benchmark.op_contenders import (
 )
 from ssmamba_models.benchmark.report import format_table, optional_number
 from ssmamba_models.benchmark.timing import Timing, speedup, thread_count, time_interleaved
+from ssmamba_models.notice import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -160,7 +161,7 @@ def _prepare(contender: Contender, inputs: OpInputs, which: str, truth: Outcome)
         entry.call = make_call(contender, inputs, which)
         entry.error = _relative_error(entry.call(), truth)
     except Exception as error:  # a backend may lack an operator, a dtype or memory, each in its own way
-        entry.reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        entry.reason = first_line(error)
         return entry
     if entry.error is None:
         entry.reason = "its result is not finite"

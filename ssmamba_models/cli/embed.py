@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ssmamba_models.cli.options import pool_option
+from ssmamba_models.cli.options import pool_option, precision_option, printable
 from ssmamba_models.engine.embed import EmbedSummary, embed_folder
 
 
@@ -21,7 +21,7 @@ from ssmamba_models.engine.embed import EmbedSummary, embed_folder
     "--workers", type=click.IntRange(0), help="Processes that decode tiles; 0: none. Default: by the machine."
 )
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
-@click.option("--bf16", is_flag=True, help="Compute in bfloat16: for GPUs; most CPUs get slower.")
+@precision_option
 @click.option(
     "--img-size", type=click.IntRange(1), help="Side of the input in pixels. Default: the checkpoint's or model's own."
 )
@@ -33,9 +33,9 @@ from ssmamba_models.engine.embed import EmbedSummary, embed_folder
 def command(ctx: click.Context, quiet: bool, **options: Any) -> None:
     """Turn a folder of tiles into one HDF5 file of features.
 
-    Tiles lie in FOLDER, nested or flat. The file holds features (N, D) float32, paths, labels (where every tile lies in
-    a class folder) and, as attributes, the model, its weights and the input transform. It is written whole or not at
-    all.
+    Tiles lie in FOLDER, nested or flat, or are those that its manifest.csv lists. The file holds features (N, D)
+    float32, paths, labels (where class folders or the manifest name them) and, as attributes, the model, its weights
+    and the input transform. It is written whole or not at all.
 
     \b
     Examples:
@@ -48,7 +48,7 @@ def command(ctx: click.Context, quiet: bool, **options: Any) -> None:
     if not quiet:
         _report(summary)
     for path, reason in summary.unreadable:
-        click.echo(f"unreadable: {_printable(path)}: {reason}", err=True)
+        click.echo(f"unreadable: {printable(path)}: {reason}", err=True)
     if summary.unreadable:
         bad, tiles = len(summary.unreadable), summary.count + len(summary.unreadable)
         click.echo(f"{bad} of {tiles} tiles unreadable and not in {summary.out}", err=True)
@@ -60,8 +60,3 @@ def _report(summary: EmbedSummary) -> None:
         f"{summary.count} tiles x {summary.embed_dim} features -> {summary.out} "
         f"({summary.seconds:.1f} s, {summary.tiles_per_second:.1f} tiles/s)"
     )
-
-
-def _printable(path: str) -> str:
-    # A file name that is not UTF-8 would break the very message that reports it.
-    return path.encode("utf-8", "backslashreplace").decode()

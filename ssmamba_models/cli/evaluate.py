@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ssmamba_models.cli.options import pool_option
+from ssmamba_models.cli.options import pool_option, precision_option, printable
 from ssmamba_models.evaluation.embedding import Embedding
 from ssmamba_models.evaluation.evaluate import evaluate
 from ssmamba_models.evaluation.model_choice import parse_models
@@ -50,7 +50,7 @@ from ssmamba_models.evaluation.tasks import parse_task
     "--workers", type=click.IntRange(0), help="Processes that decode tiles; 0: none. Default: by the machine."
 )
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
-@click.option("--bf16", is_flag=True, help="Compute in bfloat16: for GPUs; most CPUs get slower.")
+@precision_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing report; features that fit are used again.")
 @click.option("--quiet", is_flag=True, help="No progress bars and no closing table.")
 @click.pass_context
@@ -97,7 +97,7 @@ def command(
         click.echo(f"wrote {out}/report.md")
     unreadable = report["data"]["unreadable"]
     for entry in unreadable:
-        click.echo(f"unreadable: {_printable(entry['path'])}: {entry['reason']}", err=True)
+        click.echo(f"unreadable: {printable(entry['path'])}: {entry['reason']}", err=True)
     if unreadable:
         click.echo(f"{len(unreadable)} of {report['data']['tiles']} tiles unreadable and not scored", err=True)
         ctx.exit(1)
@@ -114,8 +114,3 @@ def _print_scores(report: dict) -> None:
 
 def _short(figure: dict) -> str:
     return f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
-
-
-def _printable(path: str) -> str:
-    # A file name that is not UTF-8 would break the very message that reports it.
-    return path.encode("utf-8", "backslashreplace").decode()

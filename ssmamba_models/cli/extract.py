@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ssmamba_models.cli.options import pool_option
+from ssmamba_models.cli.options import pool_option, precision_option
 from ssmamba_models.cli.slide_jobs import (
     job_options,
     places,
@@ -44,7 +44,7 @@ from ssmamba_models.wsi.status import FAILED
 @click.option("--dry-run", "dry", is_flag=True, help="Count tiles and estimate the time; write nothing.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Tiles per forward pass.")
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
-@click.option("--bf16", is_flag=True, help="Compute in bfloat16: for GPUs; most CPUs get slower.")
+@precision_option
 @click.option("--img-size", type=click.IntRange(1), help="Side of the model's input. Default: its own.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of weights and bags.")
 @click.option("--engine", type=click.Choice(ENGINES), default="local", show_default=True, help="ray: on a Ray cluster.")
@@ -68,7 +68,8 @@ def command(
       ssmamba extract slides --out job --dry-run
       ssmamba extract slides --out job --model resnet50 --mpp 1 --tile-size 256
 
-    Exit code: 0 all slides done, 1 some failed (each is listed), 2 bad input.
+    Exit code: 0 no slide failed (stderr tells of those still in other processes' hands), 1 some failed (each is
+    listed), 2 bad input.
     """
     plan = ExtractPlan(**options, shard=parse_shard(shard))
     if dry:

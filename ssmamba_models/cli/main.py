@@ -12,6 +12,7 @@ import click
 from ssmamba_models._version import __version__
 from ssmamba_models.cli.warn import plain_warnings
 from ssmamba_models.engine.process_memory import keep_large_blocks
+from ssmamba_models.notice import first_line
 
 # Name -> (module under ssmamba_models.cli, one line of help). A module is imported only when its command runs: what one
 # command lacks is no obstacle to the others.
@@ -37,6 +38,8 @@ COMMANDS = {
 
 # What the Python API raises for bad input. Anything else is a bug and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, ImportError)
+# What a shell expects of a process that SIGINT ended.
+_CTRL_C = 130
 
 
 def _import_command(name: str) -> click.Command:
@@ -44,7 +47,7 @@ def _import_command(name: str) -> click.Command:
         return importlib.import_module(f"ssmamba_models.cli.{COMMANDS[name][0]}").command
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         # What torch, torchvision and timm raise where their builds do not fit each other.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ImportError(f"`ssmamba {name}` cannot start ({reason}); `ssmamba doctor` names the cure") from error
 
 
@@ -84,6 +87,10 @@ class LazyGroup(click.Group):
             message = str(error) or type(error).__name__
             click.echo(f"Error: {message}", err=True)
             ctx.exit(2)
+        except KeyboardInterrupt:
+            # click would end with 1, which here means that some items failed.
+            click.echo("stopped", err=True)
+            ctx.exit(_CTRL_C)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -98,7 +105,8 @@ def main(ctx: click.Context) -> None:
       ssmamba extract slides --out job --model ssmamba_small --pretrained
       ssmamba COMMAND --help
 
-    Exit code: 0 done, 1 some items failed (each is listed), 2 bad usage or input.
+    Exit code: 0 done, 1 some items failed (each is listed), 2 bad usage or input, 130 or 143 stopped by Ctrl-C or
+    SIGTERM.
     """
     if ctx.invoked_subcommand != "benchmark":  # which says itself what each measurement is to have
         keep_large_blocks()

@@ -148,7 +148,8 @@ def heatmap(run: str, features: str, out: str, quiet: bool, **options: Any) -> N
     """Draw how much each tile of a slide counts for what a model says of it.
 
     NAME.png colours the tiles by the rank of their attention, from dark (least) to yellow (most). NAME.geojson has a
-    polygon for each tile, in level-0 pixels: drop it on the slide in QuPath.
+    polygon for each tile, in level-0 pixels from where the slide says that its scanned area begins, as QuPath counts
+    them: drop it on the slide in QuPath.
 
     \b
     Example:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ssmamba_models.benchmark.report import write_json
+from ssmamba_models.engine.device import PRECISIONS
 from ssmamba_models.engine.feature_pool import POOLS
 from ssmamba_models.output import check_output
 
@@ -33,6 +34,13 @@ def pool_option(command: Callable) -> Callable:
     """--pool, as `pool`: how an encoder's last maps become a vector."""
     text = "Features: model: its own head's; mean_std: mean and deviation of its last map; _last2, _last4: of more."
     return click.option("--pool", type=click.Choice([*POOLS]), default="model", show_default=True, help=text)(command)
+
+
+def precision_option(command: Callable) -> Callable:
+    """--precision, as `precision`: what a model that is only used computes in."""
+    text = "Of the computation; auto: bf16 on GPUs that have it."
+    option = click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help=text)
+    return option(command)
 
 
 def check_json(path: Path | None) -> None:
@@ -64,3 +72,8 @@ def write_results(path: Path | None, results: Any) -> bool:
     elif path is not None:
         write_json(path, results)
     return is_stdout(path)
+
+
+def printable(path: str) -> str:
+    """A file name as it can be printed: one that is not UTF-8 would break the very message that reports it."""
+    return path.encode("utf-8", "backslashreplace").decode()

@@ -8,6 +8,7 @@ import click
 
 from ssmamba_models.engine.config import load_config, parse_setting
 from ssmamba_models.hub import CardInfo, publish
+from ssmamba_models.hub.publish import DTYPES
 
 
 @click.command()
@@ -17,7 +18,13 @@ from ssmamba_models.hub import CardInfo, publish
 @click.option("--dry-run", type=click.Path(), metavar="DIR", help="Write a new folder and upload nothing.")
 @click.option("--card-info", type=click.Path(), metavar="YAML", help="What the card shall say; see below.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One key of it; may be repeated.")
-@click.option("--bf16", is_flag=True, help="Store bfloat16: half the size, good to about 2 digits.")
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="float32",
+    show_default=True,
+    help="Of stored weights; bfloat16: half the size, good to about 2 digits.",
+)
 @click.option("--private", is_flag=True, help="Only for members of ORG.")
 @click.option("--revision", metavar="BRANCH", help="Default: main.")
 @click.option("--token", help="Default: HF_TOKEN, or that of `hf auth login`.")

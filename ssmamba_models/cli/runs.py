@@ -10,6 +10,7 @@ import click
 
 from ssmamba_models.cli.options import add_options
 from ssmamba_models.engine.config import Config, load_config, parse_setting
+from ssmamba_models.engine.device import PRECISIONS
 from ssmamba_models.engine.loop import TrainResult
 
 _CONFIGURED = (
@@ -22,7 +23,7 @@ _RUN = (
     click.option("--accumulate", type=int, help="Cut a batch into so many parts, to need less memory. Default: 1."),
     click.option("--ema-decay", type=float, help="Keep and export an average of the weights with this decay."),
     click.option(
-        "--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="Default: bf16 on GPUs that have it."
+        "--precision", type=click.Choice(PRECISIONS), help="Default: bf16 on GPUs that have it."
     ),
     click.option("--seed", type=int, help="Seed of all that is drawn. Default: 0."),
     click.option("--workers", type=int, help="Processes that read the data; 0: none. Default: by the machine."),

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ssmamba_models.cli.options import precision_option
 from ssmamba_models.engine.slide_embed import embed_slides
 
 
@@ -30,13 +31,7 @@ class _Tiles(click.ParamType):
     "--tiles", type=_Tiles(), help="Tiles of a view; all takes every tile once. Default: the encoder's (Giga-SSL 5)."
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of what is drawn.")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
-    default="fp32",
-    show_default=True,
-    help="Of the computation; auto: bf16 on GPUs that have it.",
-)
+@precision_option
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no closing line.")

@@ -62,8 +62,6 @@ def report_slides(result: JobResult, place: str) -> None:
     if result.no_tissue and result.done:
         names = _few(result.no_tissue)
         click.echo(f"{len(result.no_tissue)} without an output, for want of tissue (--min-tissue): {names}")
-    if result.unfinished:
-        click.echo(f"{len(result.unfinished)} in the hands of other processes, or waiting for a process that died")
 
 
 def _few(names: list[str]) -> str:
@@ -91,6 +89,12 @@ def report_troubles(result: JobResult) -> int:
     if result.failed:
         click.echo(
             f"{len(result.failed)} of {result.slides} slides failed; try them again with --retry-failed", err=True
+        )
+    if result.unfinished:
+        click.echo(
+            f"{len(result.unfinished)} of {result.slides} slides are in the hands of other processes: "
+            f"{_few(result.unfinished)}; run the command again if those end without them",
+            err=True,
         )
     return int(bool(result.failed))
 

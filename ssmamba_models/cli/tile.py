@@ -51,7 +51,8 @@ def command(
       ssmamba tile slides --out tiles --format jpeg --labels labels.csv
       ssmamba pretrain --method sgcl --data tiles --model resnet18 --out run
 
-    Exit code: 0 all slides done, 1 some failed (each is listed), 2 bad input.
+    Exit code: 0 no slide failed (stderr tells of those still in other processes' hands), 1 some failed (each is
+    listed), 2 bad input.
     """
     plan = TilePlan(**options, shard=parse_shard(shard))
     if dry:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from ssmamba_models.notice import first_line
+
 
 def read_batches(loader: DataLoader, doing: str, afterwards: str = "") -> Iterator[Any]:
     """Yield a loader's batches.
@@ -27,6 +29,6 @@ def read_batches(loader: DataLoader, doing: str, afterwards: str = "") -> Iterat
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise OSError(
-            f"a process that {doing} died ({str(error).splitlines()[0]}); memory or /dev/shm may be short: use fewer "
+            f"a process that {doing} died ({first_line(error)}); memory or /dev/shm may be short: use fewer "
             f"--workers (0 reads in the main process){afterwards}"
         ) from error

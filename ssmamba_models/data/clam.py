@@ -20,6 +20,7 @@ from ssmamba_models.data.feature_source import FeatureSource
 from ssmamba_models.data.foreign import Layout, read_coords, source_of_foreign, write_foreign
 from ssmamba_models.data.hdf5 import open_hdf5, plain_attributes, require_h5py, row_blocks
 from ssmamba_models.data.tile_geometry import clean
+from ssmamba_models.notice import first_line
 from ssmamba_models.output import whole_file
 
 CLAM = Layout("clam", features_dtype="float32", coords_dtype="int32")
@@ -110,7 +111,7 @@ def read_tensor(path: Path) -> torch.Tensor:
     except Exception as error:
         if getattr(error, "filename", None) is not None:
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ValueError(f"{str(path)!r} is not a plain tensor, and nothing else is read from it ({reason})") from error
     if not isinstance(found, torch.Tensor):
         raise ValueError(f"{str(path)!r} holds a {type(found).__name__}, expected a tensor (N, D)")

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ssmamba_models.data.folder_walk import walk_folder
+
 # Rows per HDF5 chunk: large enough to read fast, small enough that a file of ten tiles stays small.
 CHUNK_ROWS = 256
 # A chunk of wide rows (token maps) must still fit into memory many times over.
@@ -225,23 +227,21 @@ def row_blocks(rows: int, row_bytes: int, block_bytes: int = 8 << 20) -> Iterato
 
 
 def hdf5_files(path: Path, suffixes: Sequence[str] = (".h5",)) -> list[Path]:
-    """The HDF5 files that a path names: itself, or those in the folder, at any depth, hidden ones left out; sorted.
+    """The HDF5 files that a path names: itself, or those in the folder, at any depth; sorted.
+
+    Hidden files and folders are left out, links to folders followed.
 
     Raises:
         FileNotFoundError: there is no such path.
+        OSError: a folder cannot be listed.
         ValueError: the folder holds none.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{str(path)!r} does not exist; check its spelling")
-    found = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in suffixes
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
+    files = (folder / name for folder, names in walk_folder(path) for name in names)
+    found = sorted(file for file in files if file.suffix.lower() in suffixes and file.is_file())
     if not found:
         raise ValueError(f"no {' or '.join(suffixes)} file found in {str(path)!r} or below")
     return found

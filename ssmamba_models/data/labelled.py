@@ -282,7 +282,9 @@ def group_split(
 def group_fraction(tiles: LabelledTiles, fraction: float, seed: int = 0) -> list[int]:
     """Places of the tiles of a share of the groups, for runs with few labels.
 
-    Drawn class by class, at least one group of each; with one seed, a smaller share is a part of a larger one.
+    Drawn class by class, at least one group with tiles of each; with one seed, a smaller share is a part of a larger
+    one. A group of several classes is drawn for the one that has the fewest groups; where that leaves a class without
+    any, the group of it that a larger share would draw first is added.
 
     Args:
         tiles: the tiles; without groups each tile is one.
@@ -298,26 +300,47 @@ def group_fraction(tiles: LabelledTiles, fraction: float, seed: int = 0) -> list
     if not 0 < fraction <= 1:
         raise ValueError(f"the fraction of the groups is {fraction}, expected above 0 and at most 1")
     drawn = set(_draw_groups(tiles, range(len(tiles)), fraction, seed))
+    drawn |= _first_of_lost_classes(tiles, drawn, seed)
     return [index for index in range(len(tiles)) if tiles.units[index] in drawn]
+
+
+def _first_of_lost_classes(tiles: LabelledTiles, drawn: set[str], seed: int) -> set[str]:
+    """For each class that no drawn group has, the group of it that is drawn first as the share grows."""
+    classes_of = _classes_of(tiles, range(len(tiles)))
+    lost = set(tiles.classes) - {label for group in drawn for label in classes_of[group]}
+    if not lost:
+        return set()
+    # Place p of n is drawn from the share (p + 0.5) / n on; of equal ones odd places come first, as round() has it.
+    turn = {
+        group: ((place + 0.5) / len(groups), place % 2 == 0)
+        for groups in _shuffled_strata(tiles, range(len(tiles)), seed).values()
+        for place, group in enumerate(groups)
+    }
+    return {min((group for group in turn if label in classes_of[group]), key=turn.__getitem__) for label in lost}
 
 
 def _draw_groups(tiles: LabelledTiles, places: Iterable[int], fraction: float, seed: int, spare: int = 0) -> list[str]:
     """A share of the groups of each class, at least one; but `spare` groups of each class are left."""
     drawn: list[str] = []
+    for groups in _shuffled_strata(tiles, places, seed).values():
+        count = min(max(1, round(fraction * len(groups))), len(groups) - spare)
+        drawn += groups[:count]
+    return drawn
+
+
+def _shuffled_strata(tiles: LabelledTiles, places: Iterable[int], seed: int) -> dict[str, list[str]]:
+    """As `_strata`, the groups of each class in the order in which they are drawn."""
+    shuffled = {}
     for label, groups in _strata(tiles, places).items():
         # Seeded by the class's name: leaving another class out must not change what is drawn of this one.
         rng = np.random.default_rng([seed, zlib.crc32(label.encode("utf-8", "surrogateescape"))])
-        order = rng.permutation(len(groups))
-        count = min(max(1, round(fraction * len(groups))), len(groups) - spare)
-        drawn += [groups[place] for place in order[:count]]
-    return drawn
+        shuffled[label] = [groups[place] for place in rng.permutation(len(groups))]
+    return shuffled
 
 
 def _strata(tiles: LabelledTiles, places: Iterable[int]) -> dict[str, list[str]]:
     """class -> its groups, sorted. A group of several classes counts for the one that has the fewest groups."""
-    classes_of: dict[str, set[str]] = defaultdict(set)
-    for place in places:
-        classes_of[tiles.units[place]].add(tiles.labels[place] if tiles.labels is not None else "")
+    classes_of = _classes_of(tiles, places)
     frequency: dict[str, int] = defaultdict(int)
     for labels in classes_of.values():
         for label in labels:
@@ -326,3 +349,11 @@ def _strata(tiles: LabelledTiles, places: Iterable[int]) -> dict[str, list[str]]
     for group in sorted(classes_of):
         strata[min(classes_of[group], key=lambda label: (frequency[label], label))].append(group)
     return dict(sorted(strata.items()))
+
+
+def _classes_of(tiles: LabelledTiles, places: Iterable[int]) -> dict[str, set[str]]:
+    """group -> its classes; "" where the tiles have no labels."""
+    classes_of: dict[str, set[str]] = defaultdict(set)
+    for place in places:
+        classes_of[tiles.units[place]].add(tiles.labels[place] if tiles.labels is not None else "")
+    return classes_of

@@ -85,8 +85,8 @@ def assemble_mosaics(
         patients * slides_per_patient mosaics, patient by patient.
 
     Raises:
-        ValueError: a class has no tiles, fewer groups than patients, shares that do not make a whole, or
-            tiles_per_class below 1.
+        ValueError: a class has no tiles, fewer groups than patients, or none for one of them as groups have several
+            classes; shares that do not make a whole, or tiles_per_class below 1.
 
     Example:
         >>> tumour = MosaicKind({"lung_n": None, "lung_aca": (0.05, 0.1)})
@@ -98,7 +98,7 @@ def assemble_mosaics(
     rng = np.random.default_rng(seed)
     names = list(kinds)
     classes = sorted({name for kind in kinds.values() for name in kind.shares})
-    pools = {name: _pools(tiles, name, patients, rng) for name in classes}
+    pools = _pools(tiles, classes, patients, rng)
     if tiles_per_class is not None:
         pools = {name: [rng.permutation(pool)[:tiles_per_class] for pool in each] for name, each in pools.items()}
     mosaics = []
@@ -182,22 +182,51 @@ def _counts(
     return counts
 
 
-def _pools(tiles: LabelledTiles, name: str, patients: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """For each patient the tiles of a class that are this patient's: whole groups, dealt out in turn."""
-    members: dict[str, list[int]] = {}
+def _pools(
+    tiles: LabelledTiles, classes: Sequence[str], patients: int, rng: np.random.Generator
+) -> dict[str, list[np.ndarray]]:
+    """For each class the tiles that are each patient's: whole groups, each dealt to one patient."""
+    members: dict[str, dict[str, list[int]]] = {name: {} for name in classes}
     for index, (label, unit) in enumerate(zip(tiles.labels or (), tiles.units)):
-        if label == name:
-            members.setdefault(unit, []).append(index)
-    if not members:
-        known = ", ".join(tiles.classes) or "none"
-        raise ValueError(f"no tile in {str(tiles.root)!r} is of class {name!r}; there is: {known}")
-    if len(members) < patients:
-        raise ValueError(
-            f"class {name!r} has {len(members)} groups, fewer than the {patients} patients, who must not share one; "
-            "take fewer patients"
-        )
-    groups = rng.permutation(sorted(members))
-    return [np.concatenate([members[group] for group in groups[patient::patients]]) for patient in range(patients)]
+        if label in members:
+            members[label].setdefault(unit, []).append(index)
+    for name in classes:
+        if not members[name]:
+            known = ", ".join(tiles.classes) or "none"
+            raise ValueError(f"no tile in {str(tiles.root)!r} is of class {name!r}; there is: {known}")
+        if len(members[name]) < patients:
+            raise ValueError(
+                f"class {name!r} has {len(members[name])} groups, fewer than the {patients} patients, who must not "
+                "share one; take fewer patients"
+            )
+    dealt = _deal(members, patients, rng)
+    pools: dict[str, list[np.ndarray]] = {}
+    for name, own in members.items():
+        each = [[own[unit] for unit in units if unit in own] for units in dealt]
+        if not all(each):
+            raise ValueError(
+                f"the groups with tiles of several classes leave a patient without class {name!r}, as no two of the "
+                f"{patients} patients may share a group; take fewer patients"
+            )
+        pools[name] = [np.concatenate(tiles_of_units) for tiles_of_units in each]
+    return pools
+
+
+def _deal(members: Mapping[str, Mapping[str, list[int]]], patients: int, rng: np.random.Generator) -> list[list[str]]:
+    """The groups of each patient, of each class as equally many as can be."""
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for unit in sorted({unit for own in members.values() for unit in own}):
+        kinds.setdefault(tuple(name for name, own in members.items() if unit in own), []).append(unit)
+    dealt: list[list[str]] = [[] for _ in range(patients)]
+    counts = {name: np.zeros(patients, np.int64) for name in members}
+    # Groups of one class come last: they fill up what those of several left uneven.
+    for kind in sorted(kinds, key=lambda kind: (-len(kind), kind)):
+        for unit in rng.permutation(kinds[kind]):
+            patient = int(np.argmin(sum(counts[name] for name in kind)))
+            dealt[patient].append(str(unit))
+            for name in kind:
+                counts[name][patient] += 1
+    return dealt
 
 
 def _draw(pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ssmamba_models.data.csv_rows import Row, column_places, read_csv_rows
+from ssmamba_models.data.slide_table import names_of_entry
 
 SPLITS = ("train", "val", "test")
 # Names in use for whose slide it is.
@@ -81,7 +82,7 @@ def match_slides(
     found: dict[str, dict[str, str | None]] = {}
     missing: dict[str, None] = {}
     for row in rows:
-        slide = next((name for name in _names(row["slide"]) if name in known), row["slide"])
+        slide = next((name for name in names_of_entry(row["slide"]) if name in known), row["slide"])
         if slide in found or slide in missing:
             raise ValueError(f"{os.fspath(table)!r} names the slide {row['slide']!r} twice; a slide has one line")
         if slide not in known:
@@ -127,12 +128,6 @@ def check_patient_splits(found: Mapping[str, Mapping[str, str | None]], table: s
                 f"the patient {patient!r} is in two splits, {split_of[patient]!r} and {split!r}: what is learned from "
                 f"one slide would be tested on the other; give all slides one split in {os.fspath(table)!r}"
             )
-
-
-def _names(slide: str) -> tuple[str, ...]:
-    """A slide's name as it is, without its suffix, and without both of .ome.tif."""
-    stem = Path(slide).stem
-    return slide, stem, Path(stem).stem
 
 
 def some_names(names: Sequence[str], count: int = 3) -> str:

@@ -13,6 +13,13 @@ from ssmamba_models.data.tile_geometry import GEOMETRY, clean
 # The column's usual name is shorter than the attribute's.
 _COLUMNS = {"mpp": "level0_mpp", **{name: name for name in GEOMETRY if name != "name"}}
 _DOUBLE_SUFFIXES = (".ome",)
+# Files worth trying when a folder is searched for slides; what a file is, its content decides.
+SLIDE_SUFFIXES = frozenset(
+    {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi", ".tif", ".tiff", ".btf"}
+    | {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+)
+# In an entry of a table, all else after a dot is a part of the name: "P1.A" and "P1.B" are two slides.
+_KNOWN_SUFFIXES = SLIDE_SUFFIXES | {".qptiff", ".isyntax", ".h5", ".pt"}
 
 
 def slide_name(path: str | os.PathLike) -> str:
@@ -20,6 +27,22 @@ def slide_name(path: str | os.PathLike) -> str:
     stem, inner = os.path.splitext(Path(path).stem)
     # Dots are common in names (TCGA's among them), so only known double suffixes are taken off whole.
     return stem if inner.lower() in _DOUBLE_SUFFIXES else stem + inner
+
+
+def names_of_entry(entry: str) -> tuple[str, ...]:
+    """The names that a slide may go by which a table names: as it stands, then without folder and known suffixes.
+
+    Args:
+        entry: a slide's name or file name.
+
+    Returns:
+        The names, each once: `a.svs` -> `a.svs`, `a`; `a.ome.tif` -> `a.ome.tif`, `a.ome`, `a`; `P1.A` -> `P1.A`. The
+        first that there is counts.
+    """
+    name = Path(entry).name
+    if os.path.splitext(name)[1].lower() not in _KNOWN_SUFFIXES:
+        return tuple(dict.fromkeys((entry, name)))
+    return tuple(dict.fromkeys((entry, Path(name).stem, slide_name(name))))
 
 
 def read_slide_rows(
@@ -74,7 +97,7 @@ def read_slide_table(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
     for slide, cells, where in read_slide_rows(path, tuple(_COLUMNS), f"slide and any of {', '.join(_COLUMNS)}"):
         # In the order of `_COLUMNS`, not of the file: of two names for one fact the later one counts.
         facts = {_COLUMNS[name]: clean(_COLUMNS[name], cells[name], where) for name in _COLUMNS if cells.get(name)}
-        for name in (slide, slide_name(slide)):
+        for name in names_of_entry(slide):
             if table.setdefault(name, facts) != facts:
                 raise ValueError(f"{where}: {slide!r} stands in two rows that differ; keep one")
     return table

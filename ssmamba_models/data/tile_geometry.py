@@ -18,7 +18,10 @@ GEOMETRY = {
     "name": "the slide's name",
 }
 
-_COUNTS = ("patch_size", "overlap", "level0_width", "level0_height")
+# Where the scanned area begins, level-0 pixels; only slides that say it (MIRAX, Leica SCN) have these attributes.
+ORIGIN = ("origin_x", "origin_y")
+
+_COUNTS = (*ORIGIN, "patch_size", "overlap", "level0_width", "level0_height")
 
 
 class TileGeometry:
@@ -66,12 +69,18 @@ class TileGeometry:
         """The slide's name."""
         return self.coords_attributes["name"]
 
+    @property
+    def origin(self) -> tuple[int, int]:
+        """Where the scanned area begins, (x, y) in level-0 pixels: QuPath counts from there, `coords` from (0, 0)."""
+        x, y = (self.coords_attributes.get(name, 0) for name in ORIGIN)
+        return x, y
+
 
 def check_geometry(attributes: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Check the geometry, and give whole numbers as int, whatever they were stored as (512.0 is 512).
 
     Args:
-        attributes: all of `GEOMETRY`, and any others, which are left as they are.
+        attributes: all of `GEOMETRY`, by choice `ORIGIN`, and any others, which are left as they are.
         where: the file or slide, for messages.
 
     Returns:
@@ -86,7 +95,8 @@ def check_geometry(attributes: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}: coords lack the attribute{'s' if len(missing) > 1 else ''} {', '.join(missing)}; if CLAM or "
             "TRIDENT wrote it, `ssmamba convert` makes one of ours from it"
         )
-    checked = {**attributes, **{name: clean(name, attributes[name], where) for name in GEOMETRY}}
+    stated = (*GEOMETRY, *(name for name in ORIGIN if name in attributes))
+    checked = {**attributes, **{name: clean(name, attributes[name], where) for name in stated}}
     if checked["overlap"] >= checked["patch_size"]:
         raise ValueError(
             f"{where}: an overlap of {checked['overlap']} px does not fit tiles of {checked['patch_size']} px"
@@ -108,8 +118,9 @@ def clean(name: str, value: Any, where: str) -> Any:
         number = float(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: the attribute {name} is {value!r}, expected a number") from error
-    least = "at least 0" if name == "overlap" else "above 0"
-    if not math.isfinite(number) or number < 0 or (number == 0 and name != "overlap"):
+    may_be_0 = name in ("overlap", *ORIGIN)
+    least = "at least 0" if may_be_0 else "above 0"
+    if not math.isfinite(number) or number < 0 or (number == 0 and not may_be_0):
         raise ValueError(f"{where}: the attribute {name} is {value!r}, expected a number {least}")
     whole = number == int(number)
     if name in _COUNTS and not whole:

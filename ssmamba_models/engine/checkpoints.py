@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import nn
 
 from ssmamba_models.engine.short_memory import out_of_memory
+from ssmamba_models.notice import first_line
 from ssmamba_models.output import remove_unfinished, set_usual_mode, whole_file
 
 # What keeps a whole file from being read.
@@ -95,7 +96,7 @@ class Checkpoints:
                     raise OSError(errno.ENOMEM, "the memory is too short to read it", str(path)) from error
                 if getattr(error, "errno", None) in _MACHINE:
                     raise
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                reason = first_line(error)
                 tell(f"the checkpoint {str(path)!r} is damaged ({reason}); going back to the one before")
         if paths:
             raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +15,14 @@ from tqdm import tqdm
 
 from ssmamba_models.data.batches import read_batches
 from ssmamba_models.data.hdf5 import require_h5py
+from ssmamba_models.data.labelled import read_tiles
 from ssmamba_models.data.tile_files import FeatureWriter, write_features
-from ssmamba_models.data.tiles import TileDataset, TileFolder, collate_tiles, find_tiles
+from ssmamba_models.data.tiles import TileDataset, TileFolder, collate_tiles
 from ssmamba_models.engine.encoder import Encoder, load_encoder
 from ssmamba_models.engine.processes import default_workers
 from ssmamba_models.engine.short_memory import out_of_memory
 from ssmamba_models.output import check_output
+from ssmamba_models.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def embed_folder(
     batch_size: int = 32,
     workers: int | None = None,
     device: str | torch.device | None = None,
-    bf16: bool = False,
+    precision: str = "fp32",
     img_size: int | None = None,
     pool: str = "model",
     seed: int = 0,
@@ -68,10 +69,10 @@ def embed_folder(
     read is reported and left out. What can fail early (folder, output, model) is checked before the run.
 
     Args:
-        folder: tiles, nested or flat; see `find_tiles` for what counts as a tile and when folders are labels.
+        folder: tiles, nested, flat, or listed in a manifest.csv; see `read_tiles` for what is a tile and a label.
         out: the file to write; its folder must exist. Written whole or not at all.
         model: a name of this zoo or any timm name.
-        pretrained, checkpoint, device, bf16, img_size, seed, pool: as `load_encoder`.
+        pretrained, checkpoint, device, precision, img_size, seed, pool: as `load_encoder`.
         batch_size: tiles per forward pass.
         workers: processes that decode tiles ahead; 0 decodes in this one, None chooses by the machine.
         overwrite: replace an existing `out`.
@@ -81,8 +82,8 @@ def embed_folder(
         What was done, and which tiles were unreadable.
 
     Raises:
-        ValueError: no tile, no readable tile, an unknown model, an impossible size, or features that are
-            not finite.
+        ValueError: no tile, no readable tile, a bad manifest, an unknown model, an impossible size, or features
+            that are not finite.
         FileExistsError: `out` exists and `overwrite` is False.
         OSError: the folder or the output is not usable, or a worker process died.
         ImportError: h5py is missing.
@@ -90,13 +91,13 @@ def embed_folder(
     _check_counts(batch_size=(batch_size, 1), workers=(workers, 0), img_size=(img_size, 1))
     require_h5py()
     check_output(out, overwrite)
-    tiles = find_tiles(folder)
+    tiles = read_tiles(folder)
     encoder = load_encoder(
         model,
         pretrained=pretrained,
         checkpoint=checkpoint,
         device=device,
-        bf16=bf16,
+        precision=precision,
         img_size=img_size,
         pool=pool,
         seed=seed,
@@ -138,7 +139,7 @@ def embed_tiles(
     labelled, attributes = tiles.labels is not None, {**encoder.provenance(), **(attributes or {})}
     start = time.perf_counter()
     with (
-        _progress_bar(len(tiles), progress, title) as bar,
+        progress_bar(title, "tile", progress, total=len(tiles)) as bar,
         write_features(out, encoder.embed_dim, labelled=labelled, attributes=attributes, overwrite=overwrite) as writer,
     ):
         unreadable = _embed_into(writer, tiles, encoder, loader, bar)
@@ -162,12 +163,6 @@ def _loader(tiles: TileFolder, encoder: Encoder, batch_size: int, workers: int |
         num_workers=min(default_workers(encoder.device, 1) if workers is None else workers, batches),
         pin_memory=encoder.device.type == "cuda",
     )
-
-
-def _progress_bar(count: int, progress: bool, title: str) -> tqdm:
-    # A log file wants a line now and then, not ten a second.
-    interval = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(total=count, unit="tile", desc=title, disable=not progress, mininterval=interval)
 
 
 def _embed_into(
@@ -206,7 +201,7 @@ def _embed_batch(
         first = paths[int(finite.logical_not().nonzero()[0])]
         raise ValueError(
             f"{encoder.name} returns features that are not finite (first tile: {first}); "
-            "check the weights, or run without --bf16"
+            "check the weights, or use --precision fp32"
         )
     labels = [tiles.labels[index] for index in indices] if tiles.labels is not None else None
     writer.append(features.numpy(), paths, labels)

@@ -17,18 +17,19 @@ from timm.models import get_pretrained_cfg, is_model
 from torch import nn
 
 from ssmamba_models._version import __version__
+from ssmamba_models.engine.device import resolve_device, use_bf16
 from ssmamba_models.engine.feature_pool import PoolError, check_pool, pool_features
+from ssmamba_models.engine.rng import seeded
 from ssmamba_models.engine.weight_facts import WeightFacts, weight_facts
 from ssmamba_models.engine.weights import (
     RUN_WEIGHTS,
     find_weights,
-    first_line,
     fit_weights,
     read_weights,
     weights_sha256,
 )
 from ssmamba_models.models.published import WeightsError, check_named, offline_note
-from ssmamba_models.notice import SSMambaWarning
+from ssmamba_models.notice import SSMambaWarning, first_line
 from ssmamba_models.zoo import list_models
 
 
@@ -102,7 +103,7 @@ def load_encoder(
     pretrained: bool = False,
     checkpoint: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
-    bf16: bool = False,
+    precision: str = "fp32",
     img_size: int | None = None,
     seed: int = 0,
     pool: str = "model",
@@ -116,8 +117,8 @@ def load_encoder(
         checkpoint: load the weights of this file (.safetensors, .pth, .pt or .bin), or of the folder of a
             run of `ssmamba pretrain` or `ssmamba finetune`, instead.
         device: "cpu", "cuda", "cuda:1", ...; None takes a GPU where there is one.
-        bf16: run under bfloat16 autocast, features good to about 2 digits. Faster on GPUs; a CPU without
-            AVX512-BF16 or AMX emulates it and takes several times as long.
+        precision: "fp32", "bf16" (autocast), or "auto": bf16 where a GPU computes in it. In bf16, features are good to
+            about 2 digits; a CPU without AVX512-BF16 or AMX emulates it and takes several times as long.
         img_size: side of the square input in pixels; None takes the size that the checkpoint's run was
             trained at, where the file says one, else the model's own.
         seed: makes random weights the same in each run; unused where weights are loaded.
@@ -129,8 +130,8 @@ def load_encoder(
         The encoder.
 
     Raises:
-        ValueError: unknown model, no published weights, a checkpoint that does not fit, an unusable device
-            or size.
+        ValueError: unknown model, no published weights, a checkpoint that does not fit, an unusable device,
+            precision or size.
         FileNotFoundError: the checkpoint does not exist.
         OSError: the published weights cannot be fetched, or are not those that were published.
 
@@ -166,7 +167,7 @@ def load_encoder(
         transform=transform,
         data_config=data_config,
         device=place,
-        bf16=bf16,
+        bf16=use_bf16(precision, place),
         weights=_describe_weights(network, pretrained, source, seed),
         pool=pool,
     )
@@ -196,22 +197,6 @@ def _check_tag(model: str) -> None:
         raise ValueError(f"unknown weights {model!r}; published are: {', '.join(tags) or 'none'}") from error
 
 
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name, or a GPU where there is one (ValueError: it cannot be used)."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-        # Reading a result tells a device that computes from one that only knows shapes (meta).
-        (torch.ones(1, device=place) + 1).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(
-            f"device {str(device)!r} cannot be used ({first_line(error)}); use --device cpu, "
-            "`ssmamba doctor` says more"
-        ) from error
-    return place
-
-
 def _create(model: str, pretrained: bool, img_size: int | None, seed: int, args: Mapping[str, Any]) -> nn.Module:
     config = None if ":" in model else get_pretrained_cfg(model)
     if config is None:
@@ -223,8 +208,7 @@ def _create(model: str, pretrained: bool, img_size: int | None, seed: int, args:
         )
     # A model with a position table must be told the size that it will see; the others take any.
     size = {"img_size": img_size} if img_size is not None and config and config.fixed_input_size else {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         try:
             return timm.create_model(model, pretrained=pretrained, **{**args, **size, "num_classes": 0})
         except WeightsError:

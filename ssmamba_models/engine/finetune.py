@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from timm.data import Mixup, create_transform, resolve_model_data_config
+from timm.data.transforms_factory import transforms_imagenet_train
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
@@ -26,7 +27,7 @@ from ssmamba_models.engine.finetune_config import FinetuneConfig
 from ssmamba_models.engine.finetune_report import describe_tiles, write_metrics, write_predictions
 from ssmamba_models.engine.loop import Task, Trainer, TrainResult, global_batches
 from ssmamba_models.engine.metrics import classification_metrics, require_torchmetrics
-from ssmamba_models.engine.network import create_network, told_name
+from ssmamba_models.engine.network import create_network, told_args, told_name
 from ssmamba_models.engine.optimisation import undecayed_names
 from ssmamba_models.engine.processes import create_accelerator
 from ssmamba_models.engine.run_folder import open_run, without_lost_init
@@ -196,13 +197,14 @@ def _training_data(config: FinetuneConfig, train: LabelledTiles, network: nn.Mod
 
 def _create_augmentation(config: FinetuneConfig, model: Mapping[str, Any]) -> Callable:
     try:
-        return create_transform(
+        # As create_transform, which has no switch for colour jitter beside a policy.
+        return transforms_imagenet_train(
             config.img_size,
-            is_training=True,
             scale=config.crop_scale,
             hflip=config.hflip,
             vflip=config.vflip,
             color_jitter=config.color_jitter,
+            force_color_jitter=config.color_jitter > 0,
             auto_augment=config.auto_augment,
             re_prob=config.random_erasing,
             interpolation=model["interpolation"],
@@ -282,9 +284,8 @@ class _Judge:
             "epochs": str(self.config.epochs),
             "data": self.sets["train"].sha256(),
             "ssmamba_models_version": __version__,
+            **told_args(classifier.network, self.config.model_args),
         }
-        if self.config.model_args:
-            described["model_args"] = json.dumps(self.config.model_args)
         if not self.best:
             return dict(classifier.network.state_dict()), {**described, "selected": "not validated yet"}
         score = f"epoch {self.best['epoch']}, the best by macro-F1 on validation tiles ({self.best['macro_f1']:.4f})"

@@ -27,8 +27,9 @@ class FinetuneConfig(TrainConfig):
         freeze_encoder: train the classifier layer alone.
         crop_scale: smallest and largest share of a tile's area that a random crop shows.
         hflip, vflip: chance of each flip.
-        color_jitter: largest relative change of brightness, contrast and saturation.
-        auto_augment: a policy of timm, such as "rand-m9-mstd0.5"; None has none.
+        color_jitter: largest relative change of brightness, contrast and saturation; 0 leaves it out.
+        auto_augment: a policy of timm, such as "rand-m9-mstd0.5", which comes before colour jitter and changes colours
+            too; None has none.
         random_erasing: chance to erase a random rectangle.
 
     Source: defaults after encoder fine-tuning in MAE (arXiv:2111.06377, appendix A.1); both flips and mild colour

@@ -20,8 +20,9 @@ from ssmamba_models.data.seeded import GlobalBatches, SeededBatch, SeededData, c
 from ssmamba_models.engine.checkpoints import Checkpoints, plain_state, save_run_weights
 from ssmamba_models.engine.clock import Clock
 from ssmamba_models.engine.config import config_values
+from ssmamba_models.engine.device import use_bf16
 from ssmamba_models.engine.optimisation import create_optimizer, create_schedule, parameter_groups
-from ssmamba_models.engine.processes import StopSignals, default_workers, ignore_stop_signals, use_bf16
+from ssmamba_models.engine.processes import StopSignals, default_workers, ignore_stop_signals
 from ssmamba_models.engine.rng import restore_rng, rng_state, seed_everything
 from ssmamba_models.engine.run_log import RunLog
 from ssmamba_models.engine.train_config import LoopConfig

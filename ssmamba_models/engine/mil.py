@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ssmamba_models.data.bags import Bags, read_bags
-from ssmamba_models.engine.encoder import resolve_device
+from ssmamba_models.engine.device import resolve_device
 from ssmamba_models.engine.mil_config import MilConfig
 from ssmamba_models.engine.mil_data import BagReader
 from ssmamba_models.engine.mil_fit import Fit
@@ -28,6 +27,7 @@ from ssmamba_models.engine.mil_model import WEIGHTS, save_mil_model
 from ssmamba_models.engine.mil_predictions import SlidePrediction, read_predictions, write_predictions
 from ssmamba_models.engine.run_folder import open_run
 from ssmamba_models.output import whole_file
+from ssmamba_models.progress import progress_bar
 from ssmamba_models.slide.aggregators import create_aggregator
 
 PREDICTIONS, SLIDES, FOLD = "predictions.csv", "slides.json", "fold.json"
@@ -56,9 +56,7 @@ class MilResult:
     missing: tuple[str, ...]
 
 
-def train_mil(
-    config: MilConfig, out: str | os.PathLike, *, resume: bool = False, progress: bool = True
-) -> MilResult:
+def train_mil(config: MilConfig, out: str | os.PathLike, *, resume: bool = False, progress: bool = True) -> MilResult:
     """Train an aggregator on the features of slides.
 
     Args:
@@ -85,9 +83,8 @@ def train_mil(
     with open_run(out, config, resume) as run:
         _remember(run, bags)
         reader = BagReader(bags, config.cache_gb * 1e9)
-        interval = 0.1 if sys.stderr.isatty() else 30
         total = len(folds) * config.epochs
-        with tqdm(total=total, unit="epoch", desc="mil", disable=not progress, mininterval=interval) as bar:
+        with progress_bar("mil", "epoch", progress, total=total) as bar:
             for number, fold in enumerate(folds):
                 if not (_folder(run, number) / FOLD).is_file():
                     _train_fold(config, bags, fold, number, reader, device, run, bar)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ssmamba_models.data.bags import Bags
 from ssmamba_models.data.seeded import epoch_order, mixed_seed
 from ssmamba_models.engine.classifier import inverse_frequencies
+from ssmamba_models.engine.device import use_bf16
 from ssmamba_models.engine.mil_config import MilConfig
 from ssmamba_models.engine.mil_data import BagReader
 from ssmamba_models.engine.mil_folds import MilFold
 from ssmamba_models.engine.optimisation import create_optimizer, create_schedule, parameter_groups
-from ssmamba_models.engine.processes import use_bf16
 from ssmamba_models.engine.rng import seed_everything
 from ssmamba_models.slide.aggregator import Aggregator
 from ssmamba_models.slide.aggregators import create_aggregator
@@ -102,9 +102,9 @@ class Fit:
         self.targets = torch.from_numpy(bags.targets)
         self.bf16 = use_bf16(config.precision, device)
         seed_everything(self.seed)
-        model = create_aggregator(
-            config.aggregator, bags.feature_dim, len(bags.classes), **config.aggregator_args
-        ).to(device)
+        model = create_aggregator(config.aggregator, bags.feature_dim, len(bags.classes), **config.aggregator_args).to(
+            device
+        )
         self.model = model
         self.predictor = BagPredictor(model, reader, self.bf16)
         self.optimizer = create_optimizer(config, parameter_groups(model, config.weight_decay))
@@ -177,6 +177,8 @@ class Fit:
         total = 0.0
         for place in self.fold.val:
             output = self.predictor.output(int(place))
-            loss = self.model.loss(output, self.targets[place : place + 1].to(self.device), self.class_weights)
+            # What the model gave may be bfloat16, and a loss may have layers of its own.
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                loss = self.model.loss(output, self.targets[place : place + 1].to(self.device), self.class_weights)
             total += self._finite(loss, int(place))
         return total / len(self.fold.val)

@@ -10,16 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ssmamba_models.data.bags import Bag, Bags, check_same_provenance, feature_files, open_bag
-from ssmamba_models.engine.encoder import resolve_device
+from ssmamba_models.engine.device import resolve_device, use_bf16
 from ssmamba_models.engine.mil_data import BagReader
 from ssmamba_models.engine.mil_fit import BagPredictor
 from ssmamba_models.engine.mil_model import WEIGHTS, MilModel, load_mil_model
 from ssmamba_models.engine.mil_predictions import SlidePrediction, write_predictions
-from ssmamba_models.engine.processes import use_bf16
 from ssmamba_models.output import check_output
+from ssmamba_models.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def predict_mil(
     models = [load_mil_model(file, place) for file in _weight_files(Path(run), ensemble)]
     bags, unreadable = _open_bags(features, models[0])
     predictions = []
-    for number, bag in enumerate(tqdm(bags.bags, unit="slide", desc="predict", disable=not progress)):
+    for number, bag in enumerate(progress_bar("predict", "slide", progress, items=bags.bags)):
         try:
             probabilities = _mean_probabilities(models, BagReader(bags, math.inf), number, precision)
         except (ValueError, OSError) as error:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import timm
-import torch
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, load_model_config_from_hf
+from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from ssmamba_models.engine.encoder import check_model_name
+from ssmamba_models.engine.rng import seeded
 from ssmamba_models.engine.train_config import TrainConfig
-from ssmamba_models.engine.weights import first_line, load_weights
+from ssmamba_models.engine.weights import load_weights
 from ssmamba_models.models.published import WeightsError, check_named, offline_note
+from ssmamba_models.notice import first_line
 from ssmamba_models.zoo import list_models
+
+_SAVED_ARGS = "pretrained_model_args"
 
 
 def create_network(config: TrainConfig, num_classes: int = 0) -> nn.Module:
@@ -47,12 +52,12 @@ def create_network(config: TrainConfig, num_classes: int = 0) -> nn.Module:
         arguments["drop_path_rate"] = config.drop_path_rate
     if published is not None and published.fixed_input_size:
         arguments["img_size"] = config.img_size
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         network = _create(config, num_classes, arguments)
         if config.init == "pretrained" and num_classes and _published_classes(network) == num_classes:
             # As many classes are not the same classes.
             cast(Callable[[int], None], network.reset_classifier)(num_classes)
+    _keep_saved_args(config.model, network)
     if config.init not in ("none", "pretrained"):
         _check_source(config.init)
         load_weights(network, config.init)
@@ -100,6 +105,28 @@ def told_name(model: str, network: nn.Module) -> str:
         A timm name.
     """
     return model if ":" not in model else _cfg(network)["architecture"]
+
+
+def told_args(network: nn.Module, arguments: Mapping[str, Any]) -> dict[str, str]:
+    """What weights say of the arguments that made their network, beside its name.
+
+    Args:
+        network: of `create_network`.
+        arguments: that were given; a place adds those of its own config.json.
+
+    Returns:
+        "model_args" -> JSON, or nothing where there are none.
+    """
+    known = {**(getattr(network, _SAVED_ARGS, None) or {}), **arguments}
+    return {"model_args": json.dumps(known)} if known else {}
+
+
+def _keep_saved_args(model: str, network: nn.Module) -> None:
+    """Remember the arguments of a place's config.json, which older timms do not."""
+    source, _, place = model.partition(":")
+    if place and not hasattr(network, _SAVED_ARGS):
+        load = load_model_config_from_path if source.startswith("local") else load_model_config_from_hf
+        setattr(network, _SAVED_ARGS, load(place)[2])
 
 
 def _check_source(init: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,9 +25,10 @@ from ssmamba_models.engine.methods import (
     create_views,
     get_method,
 )
-from ssmamba_models.engine.network import create_network, told_name
+from ssmamba_models.engine.network import create_network, told_args, told_name
 from ssmamba_models.engine.processes import create_accelerator
 from ssmamba_models.engine.reconstructions import draw_reconstructions, fixed_batch, save_reconstructions
+from ssmamba_models.engine.rng import seeded
 from ssmamba_models.engine.run_folder import open_run, without_lost_init
 from ssmamba_models.engine.run_log import RunLog
 from ssmamba_models.engine.train_config import INFINITE, TrainConfig
@@ -136,8 +136,7 @@ def build(config: PretrainConfig, tiles: LabelledTiles) -> tuple[nn.Module, Seed
     """The method's module around a new encoder, and its data."""
     method = get_method(config.method)
     # Weights depend on the seed, whatever ran before in this process.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         encoder = create_network(config)
         module = create_module(method, config.method_args, encoder=encoder, manifest=tiles, seed=config.seed)
     statistics = resolve_model_data_config(encoder)
@@ -178,7 +177,7 @@ def describe(config: PretrainConfig, tiles: LabelledTiles, encoder: nn.Module) -
         "data": tiles.sha256(),
         "ssmamba_models_version": __version__,
     }
-    return {**described, "model_args": json.dumps(config.model_args)} if config.model_args else described
+    return {**described, **told_args(encoder, config.model_args)}
 
 
 def _picture_maker(

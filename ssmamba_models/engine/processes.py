@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ssmamba_models.cores import count_cores
+from ssmamba_models.engine.device import resolve_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,14 +34,36 @@ def create_accelerator(device: str | None) -> Accelerator:
         from accelerate import Accelerator
     except ImportError as error:
         raise ImportError('training needs accelerate; pip install "ssmamba-models[train]"') from error
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else _usable(device)
+    place = resolve_device(device)
     if place.type == "cuda" and place.index is not None:
         torch.cuda.set_device(place)
     # Autocast is ours: accelerate fixes its precision for the life of the process.
+    _forget_other_device(place)
     accelerator = Accelerator(cpu=place.type == "cpu", mixed_precision="no")
     atexit.unregister(_leave_group)
     atexit.register(_leave_group)
     return accelerator
+
+
+def _forget_other_device(place: torch.device) -> None:
+    """accelerate keeps the device of a process's first training for all others.
+
+    Raises:
+        ValueError: it cannot be changed any more, as several processes have met on it.
+    """
+    from accelerate.state import AcceleratorState, PartialState
+
+    if not PartialState._shared_state:
+        return
+    known = PartialState()
+    if known.device.type == place.type:
+        return
+    if known.num_processes > 1:
+        raise ValueError(
+            f"device is {place.type}, but the processes of this training have met on {known.device.type}; start them "
+            "anew for another device"
+        )
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _leave_group() -> None:
@@ -53,29 +76,10 @@ def _leave_group() -> None:
         group.destroy_process_group()
 
 
-def _usable(device: str) -> torch.device:
-    try:
-        place = torch.device(device)
-        (torch.ones(1, device=place) + 1).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"device {device!r} cannot be used ({reason}); use --device cpu, `ssmamba doctor` says more"
-        ) from error
-    return place
-
-
 def default_workers(device: torch.device | None, processes: int) -> int:
     """How many processes read tiles for each training process; without a device nothing else computes."""
     # On a CPU the model needs the cores itself, and one process reads faster than it computes.
     return 1 if device is not None and device.type == "cpu" else min(8, max(1, count_cores() // processes))
-
-
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to compute under bfloat16 autocast; "auto" does where a GPU has it in hardware."""
-    if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return precision == "bf16"
 
 
 class StopSignals:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,15 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw on the CPU from `seed` inside the block; the caller's generators go on as if it had not been."""
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would seed those of the GPUs too, which nothing puts back.
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from typing import ClassVar, Protocol, TypeVar
 
 from ssmamba_models.engine.checkpoints import Checkpoints
 from ssmamba_models.engine.config import Dataclass, config_values, load_config, save_config
-from ssmamba_models.engine.train_config import TrainConfig
 from ssmamba_models.locks import BEAT, STALE, Locks
 from ssmamba_models.notice import SSMambaWarning
 from ssmamba_models.output import is_unfinished, remove_unfinished
@@ -69,7 +68,18 @@ def open_run(folder: str | os.PathLike, config: RunConfig, resume: bool, *, main
         yield run
 
 
-Config = TypeVar("Config", bound=TrainConfig)
+class InitConfig(Dataclass, Protocol):
+    """The configuration of a training.
+
+    Attributes:
+        init: where the first weights come from.
+    """
+
+    @property
+    def init(self) -> str: ...
+
+
+Config = TypeVar("Config", bound=InitConfig)
 
 
 def without_lost_init(config: Config, folder: str | os.PathLike, resume: bool) -> Config:

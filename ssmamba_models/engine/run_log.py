@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ssmamba_models.output import whole_file
+from ssmamba_models.progress import progress_bar
 
 
 class RunLog:
@@ -35,10 +36,7 @@ class RunLog:
         cut_log(run / "log.jsonl", start)
         self.file = open(run / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
         self.board = _summary_writer()(run / "tensorboard", purge_step=start + 1 if start else None)
-        interval = 0.1 if sys.stderr.isatty() else 30
-        self.bar = tqdm(
-            total=steps, initial=start, unit="step", desc="train", disable=not progress, mininterval=interval
-        )
+        self.bar = progress_bar("train", "step", progress, total=steps, done=start)
 
     def write(self, record: Mapping[str, Any], group: str = "train") -> None:
         """Append one line to log.jsonl, and its numbers to TensorBoard under `group`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ssmamba_models._version import __version__
 from ssmamba_models.data.bags import Bag, Bags, check_same_provenance
 from ssmamba_models.data.slide_bags import check_finite, read_slides
 from ssmamba_models.data.slide_vectors import SlideVectors, write_slide_vectors
-from ssmamba_models.engine.encoder import resolve_device
-from ssmamba_models.engine.processes import use_bf16
+from ssmamba_models.engine.device import resolve_device, use_bf16
+from ssmamba_models.engine.rng import seeded
 from ssmamba_models.output import check_output
+from ssmamba_models.progress import progress_bar
 from ssmamba_models.slide.slide_encoder import SlideEncoder
 from ssmamba_models.slide.slide_encoders import create_slide_encoder
 from ssmamba_models.slide.slide_weights import load_slide_encoder, read_slide_config
@@ -121,8 +120,7 @@ def embed_baselines(features: str | os.PathLike, model: str = "gigassl_scm", see
         ValueError, OSError, ImportError: as `read_slides`.
     """
     slides = read_slides(features, lambda file, reason: None)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = create_slide_encoder(model, slides.feature_dim).eval()
     embedder = SlideEmbedder({RANDOM: encoder}, check_options(encoder, {}), seed, "fp32")
     names, rows = embedder.embed(slides, [], progress=False)
@@ -147,8 +145,7 @@ def check_options(encoder: SlideEncoder, options: Mapping[str, Any]) -> dict[str
 def random_twin(encoder: SlideEncoder, seed: int) -> SlideEncoder:
     """An encoder of the same architecture with random weights, on the same device: what training is measured by."""
     arguments = dict(encoder.arguments)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         twin = create_slide_encoder(encoder.name, arguments.pop("feature_dim"), **arguments)
     return twin.to(encoder.device).eval()
 
@@ -186,8 +183,7 @@ class SlideEmbedder:
             ValueError: no slide can be read.
         """
         names, rows = [], []
-        interval = 0.1 if sys.stderr.isatty() else 10
-        bar = tqdm(slides.bags, unit="slide", desc="slide-embed", disable=not progress, mininterval=interval)
+        bar = progress_bar("slide-embed", "slide", progress, items=slides.bags)
         for bag in bar:
             try:
                 features, coords = bag.read()

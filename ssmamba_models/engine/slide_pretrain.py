@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from ssmamba_models._version import __version__
@@ -19,10 +19,12 @@ from ssmamba_models.engine.checkpoints import explained_writing
 from ssmamba_models.engine.loop import Task, Trainer, TrainResult, global_batches
 from ssmamba_models.engine.methods import complete_method_args, complete_view_args, create_views
 from ssmamba_models.engine.processes import create_accelerator
-from ssmamba_models.engine.run_folder import open_run
+from ssmamba_models.engine.rng import seeded
+from ssmamba_models.engine.run_folder import open_run, without_lost_init
 from ssmamba_models.engine.slide_data import SeededSlides
 from ssmamba_models.engine.slide_methods import get_slide_method, slide_collate
 from ssmamba_models.engine.train_config import INFINITE, LoopConfig
+from ssmamba_models.models.published import CONFIG
 from ssmamba_models.slide.slide_encoder import SlideEncoder
 from ssmamba_models.slide.slide_encoders import create_slide_encoder
 from ssmamba_models.slide.slide_weights import save_slide_encoder
@@ -111,7 +113,7 @@ def pretrain_slides(
     accelerator = create_accelerator(config.device)
     # What can fail does so before the run folder is made.
     global_batches(config, len(slides), accelerator, noun="slide")
-    module, data = build_slides(config, slides)
+    module, data = build_slides(_without_lost_init(config, out, resume), slides)
     with open_run(out, config, resume, main=accelerator.is_main_process) as run:
         if accelerator.is_main_process:
             _tell_plain(config, slides)
@@ -128,13 +130,25 @@ def pretrain_slides(
         return Trainer(config, run, task, accelerator, progress=progress).train()
 
 
+def _without_lost_init(config: SlidePretrainConfig, out: str | os.PathLike, resume: bool) -> SlidePretrainConfig:
+    """As `without_lost_init`; what the lost encoder was made with, the run's own config.json says."""
+    random = without_lost_init(config, out, resume)
+    if random.init == config.init:
+        return config
+    try:
+        arguments = dict(json.loads((Path(out) / CONFIG).read_text(encoding="utf-8"))["arguments"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return config  # which then says that its init is not there
+    arguments.pop("feature_dim", None)
+    return replace(random, model_args={**arguments, **config.model_args})
+
+
 def build_slides(config: SlidePretrainConfig, slides: Bags) -> tuple[nn.Module, SeededSlides]:
     """The method's module around a new encoder, and its data."""
     method = get_slide_method(config.method)
     pretrained = False if config.init == "none" else config.init
     # Weights depend on the seed, whatever ran before in this process.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         encoder = create_slide_encoder(config.model, slides.feature_dim, pretrained, **config.model_args)
         module = method.module(encoder, **config.method_args)
     views = create_views(method, config.method_args, config.view_args, encoder=encoder)

@@ -14,11 +14,10 @@ from safetensors import SafetensorError, safe_open
 from timm.models import clean_state_dict
 from torch import nn
 
-from ssmamba_models.models.ssmamba import SSMamba, checkpoint_filter_fn
+from ssmamba_models.models.ssmamba import WRAPPERS, SSMamba, checkpoint_filter_fn
+from ssmamba_models.notice import first_line
 
 RUN_WEIGHTS = "weights.safetensors"  # a run's plain weights, in its folder
-
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 def find_weights(source: str | os.PathLike) -> Path:
@@ -108,7 +107,7 @@ def _read_pickle(path: Path) -> tuple[object, dict[str, str]]:
 
 def _unwrap(checkpoint: object) -> object:
     while isinstance(checkpoint, Mapping):
-        inner = [checkpoint[key] for key in _WRAPPERS if isinstance(checkpoint.get(key), Mapping)]
+        inner = [checkpoint[key] for key in WRAPPERS if isinstance(checkpoint.get(key), Mapping)]
         if not inner:
             break
         checkpoint = inner[0]
@@ -274,8 +273,3 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in one line, for a message that names the cure."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

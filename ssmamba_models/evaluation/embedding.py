@@ -21,7 +21,7 @@ class Embedding:
     """How features are computed.
 
     Attributes:
-        img_size, device, bf16, pool: as `load_encoder`.
+        img_size, device, precision, pool: as `load_encoder`.
         batch_size, workers: as `embed_folder`.
         progress: draw progress bars on stderr.
     """
@@ -30,7 +30,7 @@ class Embedding:
     batch_size: int = 32
     workers: int | None = None
     device: str | torch.device | None = None
-    bf16: bool = False
+    precision: str = "fp32"
     pool: str = "model"
     progress: bool = True
 
@@ -42,7 +42,7 @@ class Embedding:
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RandomWeightsWarning)
-            return choice.load(seed, img_size or self.img_size, self.device, self.bf16, self.pool)
+            return choice.load(seed, img_size or self.img_size, self.device, self.precision, self.pool)
 
     def tables(
         self,

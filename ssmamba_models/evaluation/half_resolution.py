@@ -84,7 +84,7 @@ def _half_tables(
     except ValueError as error:
         return str(error)
     tables = embedding.tables(tiles, choice, settings.seeds, folder, ".half", size)
-    # A position table has other random numbers at another size; trained ones are resampled, which is what they are for.
+    # A position table has other random numbers at another size; published ones are resampled, which is their purpose.
     if choice.varies and any(_weights(half) != _weights(whole) for half, whole in zip(tables, full)):
         return "its random weights are others at half the input size"
     return tables

@@ -51,7 +51,8 @@ def draw_heatmap(
     """Draw how much each tile of a slide counts for its prediction.
 
     Writes OUT/<name>.png, the thumbnail with the tiles coloured by the rank of their attention (dark least, yellow
-    most), and OUT/<name>.geojson, one polygon per tile in level-0 pixels with its attention and rank.
+    most), and OUT/<name>.geojson, one polygon per tile with its attention and rank, in level-0 pixels as QuPath counts
+    them: from where the scanned area begins, if the slide, or without it the feature file, says so.
 
     Args:
         run: a run folder of `train_mil`, or a weights file in it.
@@ -76,12 +77,13 @@ def draw_heatmap(
     file = read_slide_features(features, features=False)
     folder = _folder(out)
     png, geojson = (check_output(folder / f"{Path(features).stem}{end}", overwrite) for end in (".png", ".geojson"))
-    image, downsample = _background(file, slide, max_size)
+    image, downsample, origin = _background(file, slide, max_size)
     scores = score_tiles(run, features, device=device)
     ranks = attention_ranks(scores.attention)
     picture = color_tiles(image, downsample, file.coords, file.patch_size_level0, ranks, opacity)
     write_thumbnail(png, picture, overwrite)
-    write_geojson(geojson, tiles_geojson(file.coords, file.patch_size_level0, scores.attention), overwrite)
+    collection = tiles_geojson(file.coords, file.patch_size_level0, scores.attention, origin)
+    write_geojson(geojson, collection, overwrite)
     return Heatmap(png, geojson, scores)
 
 
@@ -134,7 +136,9 @@ def color_tiles(
     return Image.fromarray(picture.round().astype(np.uint8))
 
 
-def tiles_geojson(coords: np.ndarray, side: float, attention: np.ndarray) -> dict[str, Any]:
+def tiles_geojson(
+    coords: np.ndarray, side: float, attention: np.ndarray, origin: tuple[int, int] = (0, 0)
+) -> dict[str, Any]:
     """A GeoJSON feature collection with one square per tile, in level-0 pixels, coloured by rank.
 
     QuPath lists "attention" (N times the tile's share: 1 is the mean tile's) and "rank" (0 to 1) with each, and can
@@ -144,10 +148,11 @@ def tiles_geojson(coords: np.ndarray, side: float, attention: np.ndarray) -> dic
         coords: (N, 2) level-0 px, top-left corners.
         side: of a tile, level-0 px.
         attention: (N,), sum 1.
+        origin: (x, y) in level-0 px that is taken off, as in `wsi.contours.contours_geojson`.
     """
     ranks = attention_ranks(attention)
     colours = (_colormap()(ranks)[:, :3] * 255).round().astype(int).tolist()
-    square = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]) * float(side)
+    square = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]) * float(side) - origin
     features = []
     for corner, weight, rank, colour in zip(coords, attention, ranks, colours):
         measurements = {"attention": float(weight) * len(attention), "rank": float(rank)}
@@ -168,19 +173,22 @@ def _folder(out: str | os.PathLike) -> Path:
     return folder
 
 
-def _background(file: TileGeometry, slide: str | os.PathLike | None, max_size: int) -> tuple[np.ndarray, float]:
-    """The picture to draw on, (h, w, 3) uint8, and level-0 px per px of it."""
+def _background(
+    file: TileGeometry, slide: str | os.PathLike | None, max_size: int
+) -> tuple[np.ndarray, float, tuple[int, int]]:
+    """The picture to draw on, (h, w, 3) uint8, level-0 px per px of it, and where the scanned area begins."""
     width, height = file.level0_width, file.level0_height
     if slide is None:
         downsample = max(1.0, max(width, height) / max_size)
-        return np.full((round(height / downsample) or 1, round(width / downsample) or 1, 3), 255, np.uint8), downsample
+        shape = (round(height / downsample) or 1, round(width / downsample) or 1, 3)
+        return np.full(shape, 255, np.uint8), downsample, file.origin
     with open_slide(slide, mpp_override=file.level0_mpp) as opened:
         if any(abs(a - b) > _SIZE_TOLERANCE * b for a, b in zip(opened.dimensions, (width, height))):
             raise ValueError(
                 f"the slide {os.fspath(slide)!r} is {opened.dimensions[0]} x {opened.dimensions[1]} px, but the "
                 f"features come from one of {width} x {height} px ({file.name!r}); give that one"
             )
-        return opened.thumbnail(max_size)
+        return *opened.thumbnail(max_size), opened.origin
 
 
 def _colormap() -> Any:

@@ -3,7 +3,8 @@
 A tile is seen twice: at the encoder's input size S, and at S / 2 px of the same field, where each pixel spans twice
 the micrometres, as a scanner of half the magnification would deliver it (down-sampled with an antialiasing filter;
 nothing is scaled up again). The second image is fed as it is, so the network, too, sees half as many pixels a side.
-Networks of one fixed input size are made anew for S / 2, with timm's resampled position table.
+Networks of one fixed input size are made anew for S / 2: with published weights, timm resamples the position table;
+your own weights have to fit.
 """
 
 from __future__ import annotations

@@ -204,6 +204,11 @@ def _pictures(task: dict, report: dict) -> list[str]:
 
 def _how_to_read(report: dict) -> str:
     settings = report["settings"]
+    folds = any(task["protocol"]["kind"] == "folds" for task in report["tasks"])
+    pooled = (
+        "- With folds, AUC (of the classes and the ROC curves too) ranks the tiles of all folds at once: the folds' "
+        "probes need not agree in scale, so the AUC within each fold may be higher."
+    )
     return "\n".join(
         (
             "- Linear probe: logistic regression (L-BFGS) on standardised features, C = features x classes / 100.",
@@ -212,6 +217,7 @@ def _how_to_read(report: dict) -> str:
             f"- Few shots: {settings['episodes']} episodes for each seed, all scored tiles as queries; report.json has "
             "the spread over episodes too.",
             "- Macro-F1 and AUC weigh every class alike; AUC is of each class against the rest.",
+            *([pooled] if folds else []),
             f"- A figure is the mean over {settings['seeds']} seeds. In brackets its 95 % interval: percentiles of "
             f"{settings['draws']} bootstrap draws of the scored groups (class by class) and of the seeds.",
             "- p: twice the share of draws in which the difference has the other sign or is 0; so many draws show "

@@ -58,7 +58,7 @@ class ModelChoice:
         seed: int = 0,
         img_size: int | None = None,
         device: torch.device | str | None = None,
-        bf16: bool = False,
+        precision: str = "fp32",
         pool: str = "model",
     ) -> Encoder:
         """Make the encoder; `seed` matters for random weights and several trainings, `pool` not for the histogram.
@@ -77,7 +77,7 @@ class ModelChoice:
             pretrained=pretrained,
             checkpoint=checkpoint,
             device=device,
-            bf16=bf16,
+            precision=precision,
             img_size=img_size,
             seed=seed,
             pool=pool,

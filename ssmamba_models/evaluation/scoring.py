@@ -19,7 +19,6 @@ from ssmamba_models.evaluation.settings import Settings
 from ssmamba_models.evaluation.tasks import Task
 
 METHODS = ("linear_probe", "knn", "prototypes")
-METRICS = ("macro_f1", "balanced_accuracy", "accuracy", "auc")
 
 
 class TaskData:
@@ -56,7 +55,8 @@ class MethodScores:
     """How well a method did with an encoder's features.
 
     Attributes:
-        estimates: macro_f1, balanced_accuracy, accuracy and auc.
+        estimates: macro_f1, balanced_accuracy, accuracy and auc; with folds each is over the tiles of all at once,
+            though the scores of two folds' probes need not agree in scale.
         table: a row per class, see `class_table`.
         confusion: (C, C) counts, summed over seeds.
         scores: (S, M, C), each scored tile's score for each class.

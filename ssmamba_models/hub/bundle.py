@@ -18,12 +18,13 @@ from torch import nn
 
 from ssmamba_models._version import __version__
 from ssmamba_models.engine.weight_facts import weight_facts
-from ssmamba_models.engine.weights import classifier_width, find_weights, first_line, fit_weights, read_weights
+from ssmamba_models.engine.weights import classifier_width, find_weights, fit_weights, read_weights
 from ssmamba_models.hub.card import CardFacts, make_card
 from ssmamba_models.hub.card_page import CardInfo
 from ssmamba_models.hub.run_record import read_run
 from ssmamba_models.models.published import CONFIG, DOMAIN, WEIGHTS, file_sha256
 from ssmamba_models.models.ssmamba import SSMamba
+from ssmamba_models.notice import first_line
 from ssmamba_models.output import set_usual_mode
 
 CARD = "README.md"
@@ -89,7 +90,7 @@ def _check_name(name: str, path: Path) -> str:
     return name
 
 
-def write_bundle(folder: Path, trained: Trained, repo_id: str, info: CardInfo, bf16: bool = False) -> str:
+def write_bundle(folder: Path, trained: Trained, repo_id: str, info: CardInfo, dtype: str = "float32") -> str:
     """Write config.json, model.safetensors and README.md into an empty folder.
 
     Args:
@@ -97,7 +98,7 @@ def write_bundle(folder: Path, trained: Trained, repo_id: str, info: CardInfo, b
         trained: what is published.
         repo_id: ORG/NAME, which the card names.
         info: for the card.
-        bf16: store the weights in bfloat16.
+        dtype: of the stored weights, "float32" or "bfloat16".
 
     Returns:
         The SHA-256 of model.safetensors.
@@ -105,7 +106,7 @@ def write_bundle(folder: Path, trained: Trained, repo_id: str, info: CardInfo, b
     Raises:
         OSError: it cannot be written.
     """
-    network = trained.network.to(torch.bfloat16) if bf16 else trained.network
+    network = trained.network.to(torch.bfloat16) if dtype == "bfloat16" else trained.network
     _tell_cfg(network, trained, info)
     labels = {"label_names": list(trained.classes)} if trained.classes else {}
     args = dict(trained.model_args) or None
@@ -119,7 +120,7 @@ def write_bundle(folder: Path, trained: Trained, repo_id: str, info: CardInfo, b
     sha256 = file_sha256(folder / WEIGHTS)
     set_usual_mode(folder / WEIGHTS)
     _add_domain(folder / CONFIG, _domain(trained, info, sha256))
-    (folder / CARD).write_text(make_card(_facts(trained, repo_id, bf16, sha256), info), encoding="utf-8")
+    (folder / CARD).write_text(make_card(_facts(trained, repo_id, dtype, sha256), info), encoding="utf-8")
     return sha256
 
 
@@ -153,7 +154,7 @@ def _add_domain(path: Path, domain: dict[str, Any]) -> None:
     path.write_text(json.dumps({**config, DOMAIN: domain}, indent=2) + "\n", encoding="utf-8")
 
 
-def _facts(trained: Trained, repo_id: str, bf16: bool, sha256: str) -> CardFacts:
+def _facts(trained: Trained, repo_id: str, dtype: str, sha256: str) -> CardFacts:
     network = trained.network
     return CardFacts(
         repo_id=repo_id,
@@ -164,7 +165,7 @@ def _facts(trained: Trained, repo_id: str, bf16: bool, sha256: str) -> CardFacts
         img_size=trained.img_size,
         num_classes=network.num_classes,
         classes=trained.classes,
-        dtype="bfloat16" if bf16 else "float32",
+        dtype=dtype,
         sha256=sha256,
         metadata=trained.metadata,
         run=read_run(trained.path),

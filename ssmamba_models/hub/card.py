@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from timm.models import get_pretrained_cfg, is_model_pretrained
+
 from ssmamba_models.hub.card_page import CardInfo, CardParts, Rows, card_page, weights_row
 from ssmamba_models.hub.run_record import RunRecord
 
@@ -67,6 +69,7 @@ def _describe(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> str:
+    source = _source(facts.repo_id)
     shape = f"(1, {facts.num_classes}), one logit per class" if facts.num_classes else f"(1, {facts.embed_dim})"
     return f"""```python
 import ssmamba_models  # registers the models with timm
@@ -74,7 +77,7 @@ import timm
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-model = timm.create_model("hf-hub:{facts.repo_id}", pretrained=True).eval()
+model = timm.create_model("{source}", pretrained=True).eval()
 transform = create_transform(**resolve_model_data_config(model), is_training=False)
 output = model(transform(Image.open("tile.png").convert("RGB"))[None])  # {shape}
 ```
@@ -82,8 +85,15 @@ output = model(transform(Image.open("tile.png").convert("RGB"))[None])  # {shape
 A folder of tiles to one file of features:
 
 ```sh
-ssmamba embed TILES --out features.h5 --model hf-hub:{facts.repo_id} --pretrained
+ssmamba embed TILES --out features.h5 --model {source} --pretrained
 ```"""
+
+
+def _source(repo_id: str) -> str:
+    """What timm.create_model takes: our own repositories go by a name that needs no network."""
+    name = repo_id.split("/")[1]
+    cfg = get_pretrained_cfg(name) if is_model_pretrained(name) else None
+    return name if cfg and cfg.hf_hub_id == repo_id else f"hf-hub:{repo_id}"
 
 
 def _model_rows(facts: CardFacts, info: CardInfo) -> Rows:

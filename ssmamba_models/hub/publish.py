@@ -15,8 +15,10 @@ from ssmamba_models.hub.card_page import CardInfo
 from ssmamba_models.hub.slide_bundle import holds_slide_encoder, write_slide_bundle
 from ssmamba_models.hub.upload import check_repo_id, upload
 
-# (folder, repo_id, info, bf16) -> the SHA-256 of the weights, and the Python that loads them, with {name}.
-Writer = Callable[[Path, str, CardInfo, bool], tuple[str, str]]
+DTYPES = ("float32", "bfloat16")
+
+# (folder, repo_id, info, dtype) -> the SHA-256 of the weights, and the Python that loads them, with {name}.
+Writer = Callable[[Path, str, CardInfo, str], tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def publish(
     model: str | None = None,
     *,
     info: CardInfo | None = None,
-    bf16: bool = False,
+    dtype: str = "float32",
     dry_run: str | os.PathLike | None = None,
     private: bool = False,
     token: str | None = None,
@@ -59,7 +61,7 @@ def publish(
         repo_id: ORG/NAME on the Hub.
         model: the timm name; None takes what the weights say. Slide encoders know theirs.
         info: what the card shall say that the run does not know.
-        bf16: store the weights in bfloat16: half the size, good to about 2 digits.
+        dtype: "float32", or "bfloat16" to store the weights in half the size, good to about 2 digits.
         dry_run: write a folder, new or empty, and upload nothing.
         private, token, revision: as `ssmamba_models.hub.upload.upload`.
 
@@ -67,12 +69,14 @@ def publish(
         What was written, and where.
 
     Raises:
-        ValueError: a bad repository name, or weights that cannot be read or do not fit the model.
+        ValueError: a bad repository name or dtype, or weights that cannot be read or do not fit the model.
         FileNotFoundError: the weights are not there.
         FileExistsError: the folder of the dry run holds something.
         OSError: the folder cannot be written, or the Hub cannot be reached or does not allow it.
     """
     check_repo_id(repo_id)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     folder = None if dry_run is None else _check_folder(dry_run)
     slide = holds_slide_encoder(source)
     if slide and model is not None:
@@ -80,11 +84,11 @@ def publish(
     write = _slide_writer(source) if slide else _tile_writer(source, model)
     if folder is not None:
         name = str(folder) if slide else f"local-dir:{folder}"
-        sha256, call = _to_folder(write, repo_id, info or CardInfo(), bf16, folder)
+        sha256, call = _to_folder(write, repo_id, info or CardInfo(), dtype, folder)
         return Published(str(folder), name, FILES, sha256, call.format(name=name))
     with tempfile.TemporaryDirectory(prefix="ssmamba-publish-") as temporary:
         folder = Path(temporary)
-        sha256, call = write(folder, repo_id, info or CardInfo(), bf16)
+        sha256, call = write(folder, repo_id, info or CardInfo(), dtype)
         address = upload(folder, FILES, repo_id, private=private, token=token, revision=revision)
     name = f"hf-hub:{repo_id}@{revision}" if revision else f"hf-hub:{repo_id}"
     return Published(address, name, FILES, sha256, call.format(name=name))
@@ -100,11 +104,11 @@ def _tile_writer(source: str | os.PathLike, model: str | None) -> Writer:
     return lambda folder, *options: (write_bundle(folder, trained, *options), call)
 
 
-def _to_folder(write: Writer, repo_id: str, info: CardInfo, bf16: bool, folder: Path) -> tuple[str, str]:
+def _to_folder(write: Writer, repo_id: str, info: CardInfo, dtype: str, folder: Path) -> tuple[str, str]:
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     part.mkdir()
     try:
-        written = write(part, repo_id, info, bf16)
+        written = write(part, repo_id, info, dtype)
         if folder.exists():
             folder.rmdir()  # empty, as was checked: Windows renames onto nothing
         os.replace(part, folder)

@@ -31,7 +31,7 @@ def holds_slide_encoder(source: str | os.PathLike) -> bool:
 
 
 def write_slide_bundle(
-    folder: Path, source: str | os.PathLike, repo_id: str, info: CardInfo, bf16: bool = False
+    folder: Path, source: str | os.PathLike, repo_id: str, info: CardInfo, dtype: str = "float32"
 ) -> tuple[str, str]:
     """Write config.json, model.safetensors and README.md into an empty folder.
 
@@ -40,7 +40,7 @@ def write_slide_bundle(
         source: a run folder of `ssmamba slide-pretrain`.
         repo_id: ORG/NAME, which the card names.
         info: for the card.
-        bf16: store the weights in bfloat16; they are loaded as float32.
+        dtype: of the stored weights, "float32" or "bfloat16"; they are loaded as float32.
 
     Returns:
         The SHA-256 of model.safetensors, and the call that loads it, with {name} for its place.
@@ -49,7 +49,7 @@ def write_slide_bundle(
         ValueError, OSError: as `load_slide_encoder`.
     """
     encoder, metadata = load_slide_encoder(source), read_slide_config(source)["metadata"]
-    if bf16:
+    if dtype == "bfloat16":
         encoder = encoder.to(torch.bfloat16)
     sha256 = save_slide_encoder(encoder, folder, metadata)
     _add_to_domain(folder / CONFIG, metadata, info)
@@ -59,7 +59,7 @@ def write_slide_bundle(
         parameters=sum(parameter.numel() for parameter in encoder.parameters()),
         feature_dim=encoder.feature_dim,
         embed_dim=encoder.embed_dim,
-        dtype="bfloat16" if bf16 else "float32",
+        dtype=dtype,
         sha256=sha256,
         metadata=metadata,
         run=read_run(Path(source) / WEIGHTS),

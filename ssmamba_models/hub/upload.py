@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssmamba_models._version import __version__
-from ssmamba_models.engine.weights import first_line
+from ssmamba_models.notice import first_line
 
 
 def check_repo_id(repo_id: str) -> None:

@@ -21,7 +21,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     Returns:
         (processes * B, ...), the same on every process.
     """
-    return _GatherRows.apply(rows) if _distributed() else rows
+    return _GatherRows.apply(rows) if is_distributed() else rows
 
 
 def place_of_rows(count: int) -> tuple[int, int]:
@@ -33,12 +33,13 @@ def place_of_rows(count: int) -> tuple[int, int]:
     Returns:
         The place of the first of them, and how many rows there are in all.
     """
-    if not _distributed():
+    if not is_distributed():
         return 0, count
     return dist.get_rank() * count, dist.get_world_size() * count
 
 
-def _distributed() -> bool:
+def is_distributed() -> bool:
+    """Whether there are several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ssmamba_models.notice import first_line
+
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 DOMAIN = "domain"  # our block in config.json, at its top level: timm refuses strangers further down
@@ -113,7 +115,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise WeightsError(f"{str(path)!r} is not JSON ({error}): it is damaged; fetch it again") from error
     if not isinstance(config, dict) or "architecture" not in config:
-        raise WeightsError(f"{str(path)!r} describes no timm model (it has no \"architecture\")")
+        raise WeightsError(f'{str(path)!r} describes no timm model (it has no "architecture")')
     return config
 
 
@@ -212,7 +214,7 @@ def _explain(error: Exception, name: str, revision: str, filename: str) -> Weigh
         return _MissingFile(f"the repository {at} holds no {filename}")
     if status in (401, 403):
         return WeightsError(f"{where} refuses the token for {at}: log in again (hf auth login), or renew HF_TOKEN")
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     return WeightsError(f"the download of {filename} from {at} did not end ({reason}); try again")
 
 

@@ -375,9 +375,13 @@ def _check_geometry(
         raise ValueError(f"dims is {dims} and depths is {depths}, expected widths of at least 2 and at least one block")
 
 
+# Under which trainers put the state dict; the first that is there is taken.
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     """The state dict of a checkpoint that a trainer has wrapped: unpacked, without prefixes."""
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+    for key in WRAPPERS:
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
             break

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmamba_models.notice import first_line
 from ssmamba_models.slide.pama import PAMA
 from ssmamba_models.slide.slide_encoders import create_slide_encoder
 from ssmamba_models.slide.slide_weights import check_fit
@@ -79,7 +80,7 @@ def _read(path: Path, name: str) -> Mapping[str, Tensor]:
     except Exception as error:
         if getattr(error, "filename", None) is not None:
             raise
-        line = (str(error).splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         raise ValueError(
             f"the checkpoint {name} cannot be read ({line}): it is damaged, no file of torch.save, or holds more than "
             "tensors and plain containers"

@@ -258,7 +258,7 @@ class SmABMIL(TorchmilAggregator):
         self.model.last_layer = nn.Linear(hidden_dim, num_classes)
 
     def pool_bag(self, features: Tensor, coords: Tensor | None) -> Output:
-        logits, scores = self.model(self.embed(features)[None], _graph("smabmil", coords), return_att=True)
+        logits, scores = _run_on_graph(self.model, self.embed(features), _graph("smabmil", coords))
         return {"logits": logits, "attention": scores[0].float().softmax(dim=0)}
 
 
@@ -293,7 +293,7 @@ class PatchGCN(TorchmilAggregator):
         self.model.classifier = nn.Linear(hidden_dim, num_classes)
 
     def pool_bag(self, features: Tensor, coords: Tensor | None) -> Output:
-        logits, scores = self.model(self.embed(features)[None], _graph("patchgcn", coords), return_att=True)
+        logits, scores = _run_on_graph(self.model, self.embed(features), _graph("patchgcn", coords))
         return {"logits": logits, "attention": scores[0].float().softmax(dim=0)}
 
 
@@ -301,6 +301,15 @@ def _graph(name: str, coords: Tensor | None) -> Tensor:
     if coords is None:
         raise ValueError(f"aggregator {name!r} needs the tiles' coords: it looks at neighbours")
     return neighbour_graph(coords)
+
+
+def _run_on_graph(model: nn.Module, tiles: Tensor, graph: Tensor) -> tuple[Tensor, Tensor]:
+    """torchmil's logits (1, num_classes) and scores (1, n) of one bag (n, hidden_dim), in float32 under autocast too.
+
+    Autocast would make the product with the sparse graph a bfloat16 one, which torch does not have.
+    """
+    with torch.autocast(tiles.device.type, enabled=False):
+        return model(tiles.float()[None], graph, return_att=True)
 
 
 def check_heads(name: str, width: int, heads: int) -> None:

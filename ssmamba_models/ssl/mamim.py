@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, trunc_normal_
 from torch import Tensor, nn
@@ -189,7 +190,7 @@ class MAMIM(nn.Module):
         predicted = predicted * std + mean
         hidden = _enlarge(mask, self.cell_size)[:, None]
         shown = (images.float() * self.std + self.mean).clamp(0, 1)
-        filled = (self._image(predicted, images.shape[2:]) * self.std + self.mean).clamp(0, 1)
+        filled = (self._image(predicted) * self.std + self.mean).clamp(0, 1)
         return {
             "input": shown,
             "masked": torch.where(hidden, torch.full_like(shown, 0.5), shown),
@@ -248,17 +249,13 @@ class MAMIM(nn.Module):
 
     def _patches(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, H / P, W / P, P * P * 3) float32."""
-        b, c, h, w = images.shape
         p = self.patch_size
-        x = images.float().reshape(b, c, h // p, p, w // p, p)
-        return x.permute(0, 2, 4, 3, 5, 1).reshape(b, h // p, w // p, p * p * c)
+        return rearrange(images.float(), "b c (h i) (w j) -> b h w (i j c)", i=p, j=p)
 
-    def _image(self, patches: Tensor, size: torch.Size) -> Tensor:
+    def _image(self, patches: Tensor) -> Tensor:
         """The inverse of `_patches`."""
-        b, h, w, _ = patches.shape
         p = self.patch_size
-        x = patches.reshape(b, h, w, p, p, 3).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(b, 3, *size)
+        return rearrange(patches, "b h w (i j c) -> b c (h i) (w j)", i=p, j=p)
 
     def _check_batch(self, batch: Mapping[str, Tensor]) -> None:
         for view in ("low", "high"):

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ssmamba_models.layers.gather_rows import is_distributed
 from ssmamba_models.ssl.nearest_rows import nearest_rows
 
 KMEANS = ("sklearn", "faiss")
@@ -73,13 +74,13 @@ class SpatialPropagationMiner(nn.Module):
             bank: (N, D), unit vectors.
             epoch: decides the draws, with the seed.
         """
-        first = not _distributed() or dist.get_rank() == 0
+        first = not is_distributed() or dist.get_rank() == 0
         if first:
             vectors = bank.float().cpu().numpy()
             for number, labels in enumerate(self.labels):
                 draw = int(np.random.default_rng([self.seed, epoch, number]).integers(2**31))
                 labels.copy_(torch.from_numpy(self._cluster(vectors, self.clusters, draw).astype(np.int32)))
-        if _distributed():
+        if is_distributed():
             dist.broadcast(self.labels, 0)
         self.fitted_epoch.fill_(epoch)
 
@@ -100,10 +101,6 @@ class SpatialPropagationMiner(nn.Module):
         if self.slides is not None:
             valid &= self.slides[found] != self.slides[tiles][:, None]
         return found, valid
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _clusterer(name: str) -> Callable[[np.ndarray, int, int], np.ndarray]:

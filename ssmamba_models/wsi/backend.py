@@ -25,12 +25,14 @@ class Backend(Protocol):
         level_dimensions: (width, height) of each level, px, finest first.
         level_downsamples: level-0 px per px of each level.
         pixel_sizes: what the file says of its pixels' size, most trusted first.
+        origin: where the scanned area begins, (x, y) in level-0 px; (0, 0) where the file does not say.
     """
 
     name: str
     level_dimensions: tuple[tuple[int, int], ...]
     level_downsamples: tuple[float, ...]
     pixel_sizes: Sequence[PixelSize]
+    origin: tuple[int, int]
 
     def read(
         self, level: int, left: float, top: float, width: float, height: float

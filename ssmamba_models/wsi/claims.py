@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from ssmamba_models.locks import Lock
+from ssmamba_models.notice import SSMambaWarning
 from ssmamba_models.wsi.decoding import OutputError
 from ssmamba_models.wsi.extract_plan import ExtractPlan
-from ssmamba_models.wsi.held_slide import HeldSlide
+from ssmamba_models.wsi.held_slide import HeldSlide, Outcomes
 from ssmamba_models.wsi.job import Job
 from ssmamba_models.wsi.job_folder import JobFolder
 from ssmamba_models.wsi.slide_list import SlideFile, shard_order
@@ -40,6 +42,40 @@ class JobClaims(abc.ABC, Generic[AnyJob, Run]):
         self.slides = slides
         self._job, self._plan = job, plan
         self.todo = shard_order([slide for slide in slides if not self._is_settled(slide)], plan.shard)
+        self._waiting = self.todo
+
+    def outcomes(self, run: Callable[[Iterator[Run]], Outcomes]) -> Outcomes:
+        """Have an engine do the slides, and again as long as the owner of one let it go, or turns out to be dead.
+
+        It waits at the end, when this process holds none, for a sign of life of owners whom it cannot see.
+
+        Args:
+            run: does slides, each claimed when it is drawn from the iterator.
+
+        Yields:
+            How each slide ended.
+
+        Raises:
+            OutputError: the job's folder cannot be written.
+        """
+        yield from run(self.runs())
+        while self._await_owners():
+            yield from run(self.runs())
+
+    def _await_owners(self) -> bool:
+        locks = self._job.locks
+        owners = {slide.name: locks.owner(slide.name) for slide in self._waiting}
+        unsure = {name: owner for name, (owner, lives) in owners.items() if not lives}
+        if not unsure:
+            return False
+        first, owner = next(iter(unsure.items()))
+        warnings.warn(
+            f"{len(unsure)} of {len(self.slides)} slides are held by processes that cannot be seen from here "
+            f"({first!r} by {owner}); waiting {locks.patience:.0f} s at most for a sign of life",
+            SSMambaWarning,
+            stacklevel=3,
+        )
+        return locks.await_owners(unsure)
 
     def runs(self) -> Iterator[Run]:
         """Claim slide after slide; one that another process holds gets another chance at the end.
@@ -47,17 +83,17 @@ class JobClaims(abc.ABC, Generic[AnyJob, Run]):
         Raises:
             OutputError: the job's folder cannot be written.
         """
-        waiting, claimed = self.todo, True
-        while waiting and claimed:
+        claimed = True
+        while self._waiting and claimed:
             busy, claimed = [], False
-            for slide in waiting:
+            for slide in self._waiting:
                 run = self.claim(slide)
                 if run is not None:
                     claimed = True
                     yield run
                 elif not self._is_settled(slide):
                     busy.append(slide)
-            waiting = busy
+            self._waiting = busy
 
     def claim(self, slide: SlideFile, timeout: float = 0.0) -> Run | None:
         """Lock a slide.

@@ -94,7 +94,7 @@ def polygon_feature(
     """A GeoJSON feature that QuPath shows as an annotation.
 
     Args:
-        rings: an outline (n, 2) in level-0 px, then those of its holes; closed.
+        rings: an outline (n, 2) in level-0 px as QuPath counts them, then those of its holes; closed.
         name: of its class.
         color: of its class, RGB.
         measurements: numbers that QuPath lists with it.
@@ -116,9 +116,17 @@ def polygon_feature(
     }
 
 
-def contours_geojson(contours: Iterable[Contour]) -> dict[str, Any]:
-    """Contours as a GeoJSON feature collection, each an annotation of class "Tissue"."""
-    features = [polygon_feature(contour.rings, "Tissue", TISSUE_COLOR) for contour in contours]
+def contours_geojson(contours: Iterable[Contour], origin: tuple[int, int] = (0, 0)) -> dict[str, Any]:
+    """Contours as a GeoJSON feature collection, each an annotation of class "Tissue".
+
+    Args:
+        contours: in level-0 px.
+        origin: (x, y) in level-0 px, the slide's `origin`: QuPath crops a slide that says where its scanned area
+            begins, and counts from there, so it is taken off.
+    """
+    features = [
+        polygon_feature([ring - origin for ring in contour.rings], "Tissue", TISSUE_COLOR) for contour in contours
+    ]
     return {"type": "FeatureCollection", "features": features}
 
 

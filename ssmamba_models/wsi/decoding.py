@@ -74,6 +74,7 @@ class Prepared:
         cells: (N, 2) int64, column and row in the slide's grid.
         patch_size_level0: side of a tile, level-0 px.
         dimensions: (width, height) of level 0, px.
+        origin: where the scanned area begins, (x, y) in level-0 px (see `Slide.origin`).
         mpp, mpp_source, mpp_error: of level 0, where that comes from, delivered less target mpp of the tiles.
         tissue_share: of the slide's area.
         reader: the library that reads it.
@@ -83,6 +84,7 @@ class Prepared:
     cells: np.ndarray
     patch_size_level0: float
     dimensions: tuple[int, int]
+    origin: tuple[int, int]
     mpp: float
     mpp_source: str
     mpp_error: float
@@ -210,6 +212,7 @@ def _prepare(slide: Slide, task: PrepareTask) -> Prepared:
         cells=grid.cells,
         patch_size_level0=grid.patch_size_level0,
         dimensions=slide.dimensions,
+        origin=slide.origin,
         mpp=slide.mpp,
         mpp_source=slide.mpp_source,
         mpp_error=grid.mpp_error,
@@ -230,7 +233,7 @@ def _write_pictures(
     image, downsample = _thumbnail(slide, overview)
     write_thumbnail(thumbnails / f"{name}.png", draw_thumbnail(image, downsample, contours, grid), overwrite=True)
     write_thumbnail(outlines / f"{name}.png", draw_thumbnail(image, downsample, contours), overwrite=True)
-    write_geojson(outlines / f"{name}.geojson", contours_geojson(contours), overwrite=True)
+    write_geojson(outlines / f"{name}.geojson", contours_geojson(contours, slide.origin), overwrite=True)
 
 
 def _thumbnail(slide: Slide, overview: Overview) -> tuple[np.ndarray, float]:

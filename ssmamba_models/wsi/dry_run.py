@@ -9,9 +9,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from ssmamba_models.engine.processes import default_workers
+from ssmamba_models.progress import progress_bar
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.decoding import Prepared, PrepareTask
 from ssmamba_models.wsi.errors import one_line
@@ -95,7 +95,7 @@ def count_tiles(
     with Decoders(workers) as decoders:
         settled = {slide.name: _settled(slide, job, plan) for slide in slides}
         waiting = [(slide, None if settled[slide.name] else _submit(decoders, slide, plan)) for slide in slides]
-        bar = tqdm(waiting, unit="slide", desc="count tiles", disable=not progress)
+        bar = progress_bar("count tiles", "slide", progress, items=waiting)
         return [settled[slide.name] or _plan_slide(slide, future) for slide, future in bar]
 
 

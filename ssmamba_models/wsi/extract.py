@@ -11,14 +11,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ssmamba_models.data.hdf5 import require_h5py
-from ssmamba_models.engine.encoder import resolve_device
+from ssmamba_models.engine.device import resolve_device
+from ssmamba_models.progress import progress_bar
 from ssmamba_models.wsi.claims import Claims
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.extract_plan import ExtractPlan
 from ssmamba_models.wsi.held_slide import Outcomes
 from ssmamba_models.wsi.job import Job
 from ssmamba_models.wsi.job_folder import check_root
-from ssmamba_models.wsi.job_run import JobResult, follow, job_standing, progress_bar, stopped_in_order
+from ssmamba_models.wsi.job_run import JobResult, follow, job_standing, stopped_in_order
 from ssmamba_models.wsi.local_engine import LocalEngine, Timing
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.tile_encoder import TileEncoder
@@ -92,9 +93,10 @@ def _extract(
     with stopped_in_order(), job:
         job.open(plan.begun_with(encoder.encoder))
         claims = Claims(job, found, plan, provenance, encoder.grid_shape)
-        job.write_tables(found)
+        # Not in turn with all other processes that begin now: who is at it writes the same.
+        job.write_tables(found, wait=False)
         timing = Timing()
-        with progress_bar(len(claims.todo), "extract", progress) as bar:
+        with progress_bar("extract", "slide", progress, total=len(claims.todo)) as bar:
             outcomes = _outcomes(job, encoder, claims, plan, decoders, timing, bar)
             new = sum(1 for _ in follow(outcomes, job, found, bar, _SUMMARY_EVERY))
         job.write_tables(found)
@@ -116,7 +118,7 @@ def _outcomes(
         outcomes = run_on_ray(job, claims, plan, timing)
     else:
         engine = LocalEngine(job, encoder, decoders, plan.batch_size, timing)
-        outcomes = engine.run(claims.runs(), lambda tiles: _tell(timing, bar))
+        outcomes = claims.outcomes(lambda runs: engine.run(runs, lambda tiles: _tell(timing, bar)))
     with closing(outcomes):
         for outcome in outcomes:
             bar.set_postfix_str(_speed(timing), refresh=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ssmamba_models.engine.device import PRECISIONS
 from ssmamba_models.engine.encoder import Encoder, load_encoder
 from ssmamba_models.engine.feature_pool import POOLS
 from ssmamba_models.wsi.job import JobSettings
@@ -22,7 +23,7 @@ class ExtractPlan(TilingPlan):
     Where the model takes another size than `tile_size`, tiles are resized.
 
     Attributes:
-        model, pretrained, checkpoint, device, bf16, img_size, seed, pool: as `engine.encoder.load_encoder`.
+        model, pretrained, checkpoint, device, precision, img_size, seed, pool: as `engine.encoder.load_encoder`.
         dtype: "float32" or "float16", of the stored features.
         grid: store the token map of each tile as well.
         shared_aug: bags of shared augmentation that each slide gets beside its features; drawn from `seed` as well.
@@ -36,7 +37,7 @@ class ExtractPlan(TilingPlan):
     pretrained: bool = False
     checkpoint: str | None = None
     device: str | None = None
-    bf16: bool = False
+    precision: str = "fp32"
     img_size: int | None = None
     seed: int = 0
     pool: str = "model"
@@ -54,7 +55,7 @@ class ExtractPlan(TilingPlan):
         super().__post_init__()
         self._check_least(batch_size=1, img_size=1, num_cpus=0, num_gpus=0, max_retries=0)
         self._check_least(shared_aug=0, shared_aug_tiles=1)
-        for name, known in (("dtype", DTYPES), ("engine", ENGINES), ("pool", POOLS)):
+        for name, known in (("precision", PRECISIONS), ("dtype", DTYPES), ("engine", ENGINES), ("pool", POOLS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         for name in _OF_RAY:
@@ -68,7 +69,7 @@ class ExtractPlan(TilingPlan):
             pretrained=self.pretrained,
             checkpoint=self.checkpoint,
             device=self.device,
-            bf16=self.bf16,
+            precision=self.precision,
             img_size=self.img_size,
             seed=self.seed,
             pool=self.pool,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ssmamba_models.data.tile_geometry import level0_side
+from ssmamba_models.data.tile_geometry import ORIGIN, level0_side
 from ssmamba_models.locks import Lock
 from ssmamba_models.wsi.decode_processes import DecoderDied
 from ssmamba_models.wsi.decoding import OutputError, Prepared
@@ -126,6 +126,8 @@ class HeldSlide(abc.ABC):
             "level0_width": prepared.dimensions[0],
             "level0_height": prepared.dimensions[1],
             "name": self.slide.name,
+            # Most slides have none, and their files stay as they were.
+            **(dict(zip(ORIGIN, prepared.origin)) if any(prepared.origin) else {}),
         }
 
     def _origin(self) -> dict[str, Any]:
@@ -172,6 +174,8 @@ class HeldSlide(abc.ABC):
         given = {} if self.slide.mpp is None else {"given_mpp": self.slide.mpp}
         times = {"seconds": round(time.monotonic() - self._start, 2), "bytes": self.slide.bytes}
         try:
+            if outcome.status in (FAILED, NO_TISSUE) and self._lock.held:
+                self._job.discard_obsolete(self.slide)
             if tell:
                 self._job.status.write(outcome.status, outcome.slide, **known, **given, **facts, **times)
         except OSError as error:

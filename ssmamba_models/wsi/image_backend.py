@@ -29,6 +29,7 @@ class ImageBackend:
     """
 
     name = "pil"
+    origin = (0, 0)
 
     def __init__(self, path: str | os.PathLike):
         self._image, self.pixel_sizes = _load(path)

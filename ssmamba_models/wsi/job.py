@@ -102,6 +102,19 @@ class Job(JobFolder[JobSettings]):
         for folder in (self.thumbnails, self.contours, self.features):
             remove_matching(folder, part)
 
+    def discard_obsolete(self, slide: SlideFile) -> None:
+        """As `JobFolder.discard_obsolete`: a feature file of another slide file, or of other settings."""
+        path = self.feature_file(slide)
+        try:
+            # A slide that is out of reach for now is no other slide.
+            size = os.path.getsize(slide.path)
+            with open_slide_features(path) as file:
+                attributes = file.attributes
+        except (ValueError, OSError):
+            return
+        if (attributes.get("configuration_hash"), attributes.get("slide_bytes")) != (self.settings.hash, size):
+            path.unlink(missing_ok=True)
+
     def find_done(self, slide: SlideFile) -> dict[str, Any] | None:
         """As `JobFolder.find_done`: the feature file opens, and is of this job and of this slide."""
         path = self.feature_file(slide)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ssmamba_models.engine.config import load_config, save_config
-from ssmamba_models.locks import JOB_LOCK, STALE, Locks
+from ssmamba_models.locks import JOB_LOCK, STALE, Lock, Locks
 from ssmamba_models.wsi.decoding import OutputError
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.status import StatusLog, write_summary
@@ -155,9 +155,17 @@ class JobFolder(abc.ABC, Generic[Settings]):
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Keep the job's other processes from its own files (config.yaml, summary.csv) within the block."""
-        lock = self.locks.acquire(JOB_LOCK, _JOB_TIMEOUT)
-        if lock is None:
-            raise OutputError(f"another process has been writing in {str(self.root)!r} for minutes; is its disk stuck?")
+        lock: Lock | None = None
+        before: str | None = None
+        while lock is None:
+            # Many processes at once take turns, and all turns together may be long: only one long turn is a fault.
+            holding = self.locks.holding(JOB_LOCK)
+            if holding is not None and holding == before:
+                raise OutputError(
+                    f"another process has been writing in {str(self.root)!r} for minutes; is its disk stuck?"
+                )
+            before = holding
+            lock = self.locks.acquire(JOB_LOCK, _JOB_TIMEOUT)
         with lock:
             yield
 
@@ -170,6 +178,12 @@ class JobFolder(abc.ABC, Generic[Settings]):
     @abc.abstractmethod
     def clean_slide(self, slide: SlideFile) -> None:
         """Remove what a killed process left of a slide; only while its lock is held."""
+
+    def discard_obsolete(self, slide: SlideFile) -> None:
+        """Remove what was made of an earlier file of a slide that now ends without output; only while its lock is held.
+
+        By default nothing goes: who reads the tables finds no such slide in them.
+        """
 
     @abc.abstractmethod
     def find_done(self, slide: SlideFile) -> dict[str, Any] | None:

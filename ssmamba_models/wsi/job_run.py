@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -65,16 +64,7 @@ def job_standing(job: JobFolder, slides: list[SlideFile], new: int) -> dict[str,
     }
 
 
-def progress_bar(count: int, what: str, progress: bool) -> tqdm:
-    """A bar of slides on stderr."""
-    # A log file wants a line now and then, not ten a second.
-    interval = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(total=count, unit="slide", desc=what, disable=not progress, mininterval=interval)
-
-
-def follow(
-    outcomes: Outcomes, job: JobFolder, slides: list[SlideFile], bar: tqdm, every: float
-) -> Outcomes:
+def follow(outcomes: Outcomes, job: JobFolder, slides: list[SlideFile], bar: tqdm, every: float) -> Outcomes:
     """Slides as they end; the bar and the job's tables follow.
 
     Args:

@@ -71,6 +71,8 @@ class OpenSlideBackend:
         except self._openslide.OpenSlideError as error:
             raise NotASlideError(f"OpenSlide cannot open {os.fspath(path)!r}: {one_line(error)}") from error
         self.pixel_sizes = _pixel_sizes(properties)
+        x, y = _numbers(properties, "openslide.bounds-x", "openslide.bounds-y") or (0, 0)
+        self.origin = (int(x), int(y))
         self.vendor = properties.get("openslide.vendor", "")
 
     def _open(self) -> Any:

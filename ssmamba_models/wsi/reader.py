@@ -12,6 +12,7 @@ import numpy as np
 from ssmamba_models.data.slide_table import slide_name
 from ssmamba_models.data.tile_geometry import is_enlarged
 from ssmamba_models.wsi.backend import Backend
+from ssmamba_models.wsi.companions import what_is_missing
 from ssmamba_models.wsi.errors import EmptySlideError, NotASlideError
 from ssmamba_models.wsi.field_of_view import FieldOfView, find_field_of_view, resize_field
 from ssmamba_models.wsi.image_backend import ImageBackend
@@ -54,6 +55,14 @@ class Slide:
     def dimensions(self) -> tuple[int, int]:
         """Width and height of level 0, px."""
         return self._backend.level_dimensions[0]
+
+    @property
+    def origin(self) -> tuple[int, int]:
+        """Where the scanned area begins, (x, y) in level-0 px; (0, 0) where the slide does not say.
+
+        MIRAX, Leica SCN and some BIF slides say it, and QuPath counts from there; all places here count from (0, 0).
+        """
+        return self._backend.origin
 
     @property
     def level_dimensions(self) -> tuple[tuple[int, int], ...]:
@@ -163,7 +172,7 @@ def open_slide(
     """Open a slide of any format.
 
     OpenSlide opens what it knows, tifffile OME-TIFF and other TIFF files, Pillow PNG, JPEG, WebP and BMP. The content
-    decides, not the suffix.
+    decides, not the suffix; but a .mrxs, .vms, .vmu or .dcm, which has companions, is never opened by Pillow unasked.
 
     Args:
         path: the slide's file (of a MIRAX slide the .mrxs, of a DICOM slide one .dcm).
@@ -223,6 +232,10 @@ def _open_first(path: str | os.PathLike, cache_bytes: int) -> Backend:
             return _or_ome(opened, path, cache_bytes)
     if is_tiff(path):
         return TiffBackend(path, cache_bytes)
+    missing = what_is_missing(path)
+    # A .mrxs without its folder is a small JPEG, which must not be taken for the slide.
+    if missing is not None:
+        raise NotASlideError(f"{os.fspath(path)!r} is not a slide that OpenSlide can read{reason}: {missing}")
     try:
         return ImageBackend(path)
     except NotASlideError as error:

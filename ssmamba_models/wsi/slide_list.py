@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssmamba_models.data.slide_table import slide_name
+from ssmamba_models.data.slide_table import SLIDE_SUFFIXES, slide_name
 from ssmamba_models.locks import JOB_LOCK
 from ssmamba_models.wsi.mpp import find_mpp
-
-# Files worth trying when a folder is searched; what a file is, its content decides.
-SLIDE_SUFFIXES = frozenset(
-    {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi", ".tif", ".tiff", ".btf"}
-    | {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-)
-
+from ssmamba_models.wsi.slide_search import search_slides, slide_key
 
 # File systems allow 255 bytes; `whole_file` needs 23 of them for ".NAME.01234567.part.geojson".
 _LONGEST_NAME = 255 - 23
@@ -54,7 +48,8 @@ def find_slides(
 
     Args:
         places: files, which may have any suffix, and folders, which are searched at any depth for `SLIDE_SUFFIXES`;
-            hidden files and folders are left out.
+            hidden files and folders are left out, and so are job folders (see `search_slides`). Of DICOM files of one
+            series in one folder the first by name stands for the slide.
         mpp_override: um per level-0 pixel of all slides.
         mpp_table: what `read_mpp_csv` gave; goes before `mpp_override`.
 
@@ -63,15 +58,18 @@ def find_slides(
 
     Raises:
         FileNotFoundError: a place does not exist.
+        OSError: a folder cannot be listed.
         ValueError: there is no slide, two have one name, a name is no text or too long, or the table names none of
             them.
     """
     places = [places] if isinstance(places, (str, os.PathLike)) else list(places)
-    paths = {os.path.realpath(path): path for place in places for path in _files(Path(place))}
+    paths: dict[Hashable, Path] = {}
+    for path in sorted(path for place in places for path in _files(Path(place))):
+        paths.setdefault(slide_key(path), path)
     if not paths:
         raise ValueError(
             f"no slide found in {', '.join(repr(os.fspath(place)) for place in places) or 'nothing'}; looked for "
-            f"{', '.join(sorted(SLIDE_SUFFIXES))}; name a file of another suffix itself"
+            f"{', '.join(sorted(SLIDE_SUFFIXES))}, but not in job folders; name a file of another suffix itself"
         )
     slides = [_slide(path, mpp_override, mpp_table or {}) for path in paths.values()]
     _check_distinct(slides)
@@ -82,14 +80,10 @@ def find_slides(
 def _files(place: Path) -> Iterator[Path]:
     if not place.exists():
         raise FileNotFoundError(f"the slide or folder {str(place)!r} does not exist; check its spelling")
-    if not place.is_dir():
+    if place.is_dir():
+        yield from search_slides(place)
+    else:
         yield place
-        return
-    for folder, folders, files in os.walk(place, followlinks=False):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SLIDE_SUFFIXES:
-                yield Path(folder, name)
 
 
 def _slide(path: Path, mpp_override: float | None, mpp_table: Mapping[str, float]) -> SlideFile:

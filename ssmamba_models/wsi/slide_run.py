@@ -58,7 +58,7 @@ class SlideRun(HeldSlide):
         """
         good = np.setdiff1d(np.arange(len(part.coords)), [place for place, _ in bad])
         if not np.isfinite(features[good]).all():
-            self.fail("the model returns features that are not finite; check its weights, or run without --bf16")
+            self.fail("the model returns features that are not finite; check its weights, or use --precision fp32")
         elif part.bag is None:
             self._take_tiles(part, bad, good, features, grid)
         else:

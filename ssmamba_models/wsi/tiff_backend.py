@@ -83,6 +83,7 @@ class TiffBackend:
     """
 
     name = "tifffile"
+    origin = (0, 0)
 
     def __init__(self, path: str | os.PathLike, cache_bytes: int):
         tifffile = require_tifffile()

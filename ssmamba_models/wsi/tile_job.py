@@ -7,17 +7,19 @@ import os
 import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ssmamba_models.data.labelled import MANIFEST
+from ssmamba_models.notice import SSMambaWarning
 from ssmamba_models.output import whole_file
 from ssmamba_models.wsi.decoding import OutputError
 from ssmamba_models.wsi.job_folder import FolderSettings, JobFolder
 from ssmamba_models.wsi.slide_list import SlideFile
-from ssmamba_models.wsi.status import DONE
+from ssmamba_models.wsi.status import DONE, STARTED
 from ssmamba_models.wsi.tile_manifest import read_tile_labels, write_manifest
 
 # Raised when the same settings begin to give other tiles.
@@ -56,6 +58,7 @@ class TileJob(JobFolder[TileSettings]):
 
     outputs = "tiles"
     shared_files = ("config", "summary", "manifest", "labels")
+    _warned = False
 
     @property
     def manifest(self) -> Path:
@@ -110,7 +113,7 @@ class TileJob(JobFolder[TileSettings]):
         return folder.exists() and not (folder / RECORD).is_file() and (not folder.is_dir() or any(folder.iterdir()))
 
     def check_labels(self, slides: Collection[str], table: str | os.PathLike | None) -> None:
-        """Make sure that a table has the labels of these slides and of those that were finished before.
+        """Make sure that a table has the labels of these slides and of those that anyone has finished or begun.
 
         Args:
             slides: names.
@@ -121,7 +124,9 @@ class TileJob(JobFolder[TileSettings]):
         """
         table = self._kept_labels if table is None else table
         if table is not None:
-            read_tile_labels(table, {*slides, *self._finished()}, self.status.latest())
+            latest = self.status.latest()
+            begun = {name for name, event in latest.items() if event["status"] == STARTED}
+            read_tile_labels(table, {*slides, *self._finished(), *begun}, latest)
 
     @property
     def _kept_labels(self) -> Path | None:
@@ -153,7 +158,15 @@ class TileJob(JobFolder[TileSettings]):
             for name, record in self._finished().items()
         }
         table = self._kept_labels
-        labels = None if table is None else read_tile_labels(table, set(tiles), {*slides, *self.status.latest()})
+        try:
+            labels = None if table is None else read_tile_labels(table, set(tiles), {*slides, *self.status.latest()})
+        except ValueError as error:
+            # Another process gave the job labels that lack what this one has finished since: no reason to stop.
+            if not self._warned:
+                said = f"{str(self.manifest)!r} stays as it was: {error}; then run the job again with --labels"
+                warnings.warn(said, SSMambaWarning, stacklevel=2)
+            self._warned = True
+            return
         write_manifest(self.manifest, tiles, labels)
 
 

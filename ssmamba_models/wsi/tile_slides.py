@@ -11,11 +11,12 @@ from typing import Any
 
 from ssmamba_models.engine.processes import default_workers
 from ssmamba_models.locks import Lock
+from ssmamba_models.progress import progress_bar
 from ssmamba_models.wsi.claims import JobClaims
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.dry_run import PlannedSlide, count_tiles
 from ssmamba_models.wsi.extract import Places
-from ssmamba_models.wsi.job_run import JobResult, follow, job_standing, progress_bar, stopped_in_order
+from ssmamba_models.wsi.job_run import JobResult, follow, job_standing, stopped_in_order
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.tile_engine import TileEngine
 from ssmamba_models.wsi.tile_job import SUFFIXES, TileJob, TileSettings, check_slide_names
@@ -119,7 +120,8 @@ def tile_slides(
         if plan.labels is not None:
             job.keep_labels(plan.labels)
         claims = _TileClaims(job, found, plan)
-        job.write_tables(found)
+        # Not in turn with all other processes that begin now: who is at it writes the same.
+        job.write_tables(found, wait=False)
         start, tiles, new = time.monotonic(), 0, 0
 
         def tell(count: int) -> None:
@@ -128,8 +130,12 @@ def tile_slides(
             bar.set_postfix_str(f"{tiles} tiles, {tiles / (time.monotonic() - start):.1f} tiles/s", refresh=False)
             bar.update(0)
 
-        with progress_bar(len(claims.todo), "tile", progress) as bar, Decoders(_workers(plan)) as decoders:
-            outcomes = TileEngine(job, decoders).run(claims.runs(), tell)
+        with (
+            progress_bar("tile", "slide", progress, total=len(claims.todo)) as bar,
+            Decoders(_workers(plan)) as decoders,
+        ):
+            engine = TileEngine(job, decoders)
+            outcomes = claims.outcomes(lambda runs: engine.run(runs, tell))
             with closing(follow(outcomes, job, found, bar, every=0)) as followed:
                 new = sum(1 for _ in followed)
         seconds = time.monotonic() - start

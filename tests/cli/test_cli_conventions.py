@@ -60,10 +60,13 @@ SAME = {
     "--resume": "flag",
     "--overwrite": "flag",
     "--quiet": "flag",
-    "--bf16": "flag",
+    "--precision": "choice",
 }
 # What must not come back as another name for the same.
-OLD = {"--output", "--input", "--bs", "--num-workers", "--verbose", "--force", "--gpu", "--yaml", "--no-progress"}
+OLD = {
+    *("--output", "--input", "--bs", "--num-workers", "--verbose", "--force", "--gpu", "--yaml", "--no-progress"),
+    *("--bf16", "--fp16", "--amp"),
+}
 
 
 @pytest.fixture
@@ -178,3 +181,14 @@ def test_what_the_package_warns_of_is_one_line(tmp_path):
     assert [line.partition(" ")[0] for line in lines] == ["Warning:", "Warning:"]
     assert "random weights" in lines[0]
     assert "they were never built" in lines[1]
+
+
+def test_ctrl_c_is_not_taken_for_items_that_failed(ssmamba, monkeypatch):
+    from ssmamba_models.cli import embed
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embed, "embed_folder", stop)
+    result = ssmamba("embed", "tiles", "--out", "f.h5")
+    assert (result.exit_code, result.output) == (130, "stopped\n")

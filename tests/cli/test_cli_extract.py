@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from ssmamba_models.locks import Locks
 from ssmamba_models.wsi.slide_list import SlideFile, find_slides, parse_shard, shard_order
 from ssmamba_models.wsi.status import read_summary
 
@@ -55,6 +56,15 @@ def test_failed_slides_make_exit_code_1(ssmamba, slides, tmp_path):
     again = ssmamba(*arguments)
     assert again.exit_code == 1
     assert "failed: bad: " in again.stderr
+
+
+def test_slides_in_other_hands_are_told_of_even_by_a_quiet_run(ssmamba, slides, tmp_path):
+    (tmp_path / "job").mkdir()
+    with Locks(tmp_path / "job" / ".locks") as others:
+        others.acquire("case")
+        result = ssmamba("extract", slides, "--out", tmp_path / "job", *OPTIONS, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert "1 of 1 slides are in the hands of other processes: case; run the command again" in result.stderr
 
 
 def test_slides_that_are_too_coarse_or_have_no_tile_are_told_of_even_by_a_quiet_run(ssmamba, slides, tmp_path):

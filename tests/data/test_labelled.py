@@ -1,6 +1,7 @@
 """Reading labelled tiles, and dividing them so that no group is on both sides."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -266,6 +267,21 @@ class TestGroupFraction:
         one, ten = (set(group_fraction(tiles, fraction, seed=5)) for fraction in (0.01, 0.1))
         assert one < ten
         assert set(group_fraction(tiles, 0.1, seed=6)) != ten
+
+    def test_no_class_is_lost_among_groups_of_several(self):
+        """Each group with tiles of "a" counts for a rarer class, whose drawn group may have none of "a"."""
+        classes_of = ["ab"] * 4 + ["b"] * 2 + ["ac"] * 3 + ["c"] * 3
+        rows = [(f"{group}{label}", label, str(group)) for group, held in enumerate(classes_of) for label in held]
+        tiles = LabelledTiles("root", *zip(*rows))
+        counts = Counter()
+        for seed in range(30):
+            shares = [group_fraction(tiles, fraction, seed) for fraction in (0.05, 0.25, 0.3, 0.42, 0.6, 1.0)]
+            assert all(tiles.subset(share).classes == ("a", "b", "c") for share in shares)
+            assert all(set(small) <= set(large) for small, large in pairwise(shares))
+            counts[len(set(tiles.subset(shares[0]).groups))] += 1
+        # One group of "b" and one of "c"; a third only where these have none of "a".
+        assert counts.keys() == {2, 3}
+        assert counts[2] > counts[3]
 
     def test_all(self):
         tiles = grouped({"a": 3, "b": 2})

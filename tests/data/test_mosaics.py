@@ -1,6 +1,7 @@
 """Mosaics: shares and arrangement are as asked, patients share no group, and files say what lies where."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -125,6 +126,41 @@ def test_without_groups_each_tile_is_its_own(tiles):
     bare = LabelledTiles(tiles.root, tiles.paths, tiles.labels)
     mosaics = assemble_mosaics(bare, {"x": MosaicKind({"a": None})}, patients=36, shape=(2, 2))
     assert all(len(np.unique(mosaic.tiles)) == 1 for mosaic in mosaics)
+
+
+class TestGroupsOfSeveralClasses:
+    def regrouped(self, tiles, groups):
+        return dataclasses.replace(tiles, groups=tuple(groups))
+
+    def owners(self, tiles, mosaics):
+        """Group -> the patients whose mosaics show it."""
+        owners = {}
+        for mosaic in mosaics:
+            for index in np.unique(mosaic.tiles):
+                owners.setdefault(tiles.groups[index], set()).add(mosaic.patient)
+        return owners
+
+    def test_no_two_patients_share_one(self, tiles):
+        mixed = self.regrouped(tiles, [group[2:] for group in tiles.groups])
+        mosaics = assemble_mosaics(mixed, KINDS, patients=6, shape=(10, 12), every_label=True)
+        owners = self.owners(mixed, mosaics)
+        assert len(owners) == 12
+        assert {len(patients) for patients in owners.values()} == {1}
+
+    def test_groups_of_one_class_fill_up_what_they_leave(self, tiles):
+        # Groups 0 to 5 have both classes, the others one.
+        groups = [group[2:] if int(group[2:]) < 6 else group for group in tiles.groups]
+        mixed = self.regrouped(tiles, groups)
+        mosaics = assemble_mosaics(mixed, KINDS, patients=12, shape=(10, 12), every_label=True)
+        assert {len(patients) for patients in self.owners(mixed, mosaics).values()} == {1}
+
+    def test_a_patient_without_a_class_is_refused(self, tiles):
+        labels, groups = zip(("a", "1"), ("b", "1"), ("a", "2"), ("c", "2"), ("b", "3"), ("c", "3"))
+        mixed = LabelledTiles(tiles.root, tiles.paths[:6], labels, groups=groups)
+        kinds = {"x": MosaicKind({"a": 0.3, "b": 0.3, "c": None})}
+        with pytest.raises(ValueError, match=r"leave a patient without class 'b'.*2 patients.*; take fewer patients"):
+            assemble_mosaics(mixed, kinds, patients=2)
+        assert len(assemble_mosaics(mixed, kinds, patients=1)) == 2
 
 
 def test_feature_files_and_labels(tiles, tmp_path):

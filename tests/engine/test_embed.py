@@ -1,6 +1,7 @@
 """A folder of tiles in, one file of features out: all of it, in order, or nothing."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,9 +59,18 @@ def test_two_runs_are_equal_to_the_byte_with_and_without_workers(labelled_tiles,
     assert (tmp_path / "0.h5").read_bytes() == (tmp_path / "2.h5").read_bytes()
 
 
+def test_a_manifest_decides_what_is_a_tile_and_a_label(labelled_tiles, tmp_path):
+    shutil.copytree(labelled_tiles, tmp_path / "tiles")
+    paths = find_tiles(labelled_tiles).paths[1:5]
+    lines = [f"{path},{kind}" for path, kind in zip(paths, ("a", "b", "a", "b"))]
+    (tmp_path / "tiles" / "manifest.csv").write_text("\n".join(["path,label", *lines]) + "\n")
+    read = read_features(embed_folder(tmp_path / "tiles", tmp_path / "f.h5", **QUICK).out)
+    assert (read.paths, read.labels) == (list(paths), ["a", "b", "a", "b"])
+
+
 def test_bf16(labelled_tiles, tmp_path):
-    for name, bf16 in (("32.h5", False), ("16.h5", True)):
-        embed_folder(labelled_tiles, tmp_path / name, bf16=bf16, **QUICK)
+    for name, precision in (("32.h5", "fp32"), ("16.h5", "bf16")):
+        embed_folder(labelled_tiles, tmp_path / name, precision=precision, **QUICK)
     exact, coarse = read_features(tmp_path / "32.h5"), read_features(tmp_path / "16.h5")
     assert coarse.attributes["dtype"] == "bfloat16"
     assert np.allclose(exact.features, coarse.features, atol=0.2)

@@ -59,7 +59,7 @@ def test_img_size(model):
 
 def test_bf16_is_close_to_float32():
     images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    exact, coarse = (load_encoder(OURS, bf16=bf16, img_size=96).embed(images) for bf16 in (False, True))
+    exact, coarse = (load_encoder(OURS, precision=name, img_size=96).embed(images) for name in ("fp32", "bf16"))
     assert coarse.dtype == torch.float32
     assert not torch.equal(exact, coarse)
     assert torch.nn.functional.cosine_similarity(exact, coarse).min() > 0.99

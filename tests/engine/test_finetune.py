@@ -381,6 +381,18 @@ class TestInit:
         publish(tmp_path / "tuned", "lab/tuned", dry_run=tmp_path / "again")
         assert "model: local-dir:card\n" in (tmp_path / "again" / "README.md").read_text()
 
+    def test_the_arguments_of_a_place_are_told(self, tiles, tmp_path):
+        pytest.importorskip("huggingface_hub")
+        from ssmamba_models.hub.publish import publish
+
+        run_of(tiles, tmp_path / "first", epochs=1, model_args={"d_state": 2})
+        publish(tmp_path / "first", "lab/model", dry_run=tmp_path / "card")
+        run_of(tiles, tmp_path / "tuned", epochs=1, model=f"local-dir:{tmp_path / 'card'}", init="pretrained")
+        done = publish(tmp_path / "tuned", "lab/tuned", dry_run=tmp_path / "again")
+        found = timm.create_model(done.name, pretrained=True).state_dict()
+        wanted = timm.create_model("test_ssmamba", d_state=2, num_classes=len(read_tiles(tiles).classes)).state_dict()
+        assert [value.shape for value in found.values()] == [value.shape for value in wanted.values()]
+
     def test_another_architecture(self, trained, tiles, tmp_path):
         with pytest.raises(ValueError, match=r"are of test_ssmamba .*do not fit test_vit"):
             run_of(tiles, tmp_path / "run", model="test_vit", init=str(trained[0]))

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -104,6 +105,65 @@ def test_another_machine_counts_as_dead_without_a_heartbeat_only(locks):
     assert not lock.held
     lock.release()  # by an owner that woke up: it must not take the new one's
     assert second.held
+
+
+def answer_instead(monkeypatch, file, answer):
+    """Let a file of the system say something else, or refuse to."""
+    real = Path.read_text
+
+    def read_text(path, *args, **kwargs):
+        if str(path) != file:
+            return real(path, *args, **kwargs)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
+@pytest.mark.parametrize("error", [PermissionError(), FileNotFoundError()], ids=["hidepid=1", "hidepid=2"])
+def test_a_living_process_whose_state_is_hidden_is_judged_by_its_heartbeat(locks, monkeypatch, error):
+    pid = fork(lambda: (Locks(locks.folder).acquire("a"), time.sleep(60)))
+    try:
+        while locks.newest("a") is None or not locks.newest("a")[1].read_text():
+            time.sleep(0.01)
+        assert locks.owner("a") == (f"process {pid}", True)
+        answer_instead(monkeypatch, f"/proc/{pid}/stat", error)
+        assert locks.acquire("a") is None
+        assert locks.owner("a") == (f"process {pid}", False)
+        age(locks.newest("a")[1], 130)
+        assert locks.acquire("a").held
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/sys/kernel/random/boot_id"), reason="needs /proc")
+def test_machines_of_one_name_are_told_apart(locks, monkeypatch):
+    lock = locks.acquire("a")
+    said = json.loads(lock.path.read_text())
+    lock.path.write_text(json.dumps({**said, "pid": 2**22 + 1}))  # no process of this machine
+    answer_instead(monkeypatch, "/proc/sys/kernel/random/boot_id", "another machine\n")
+    assert Locks(locks.folder).acquire("a") is None
+    monkeypatch.undo()
+    assert Locks(locks.folder).acquire("a") is not None
+
+
+def test_an_owner_elsewhere_is_waited_for_until_it_gives_a_sign_of_life_or_must_be_dead(tmp_path):
+    with Locks(tmp_path / "locks", beat=0.2, stale=1.0) as locks, Locks(locks.folder, beat=1000) as silent:
+        as_from_elsewhere(lock := silent.acquire("a"))
+        start = time.monotonic()
+        assert locks.await_owners(["a"])
+        assert time.monotonic() - start < 2
+        assert locks.acquire("a") is not None
+        with Locks(locks.folder, beat=0.05) as living:
+            as_from_elsewhere(living.acquire("b"))
+            start = time.monotonic()
+            assert not locks.await_owners(["b"])
+            assert time.monotonic() - start < 1
+        assert locks.await_owners(["b"])  # it let go
+        lock.release()
 
 
 def test_the_heart_beats(tmp_path):

@@ -240,6 +240,15 @@ def test_other_settings_train(settings, small, tmp_path):
     assert same == ("cache_gb" in settings)
 
 
+@pytest.mark.parametrize("name", list_aggregators())
+def test_every_aggregator_trains_in_bf16(name, small, tmp_path):
+    config = quick_config(small, name, epochs=1, folds=2, precision="bf16")
+    result = train_mil(config, tmp_path / "run", progress=False)
+    assert len(result.predictions) == 12
+    scores = score_tiles(tmp_path / "run", small / f"{result.predictions[0].slide}.h5", precision="bf16", device="cpu")
+    assert scores.attention.sum() == pytest.approx(1, abs=1e-2)
+
+
 @pytest.mark.parametrize(
     ("balance", "least", "most"), [("none", 0.12, 0.22), ("loss", 0.45, 0.55), ("sampler", 0.35, 0.65)]
 )

@@ -24,6 +24,7 @@ from ssmamba_models.engine import slide_pretrain as module_under_test  # noqa: E
 from ssmamba_models.engine.slide_data import SeededSlides  # noqa: E402
 from ssmamba_models.engine.slide_pretrain import SlidePretrainConfig, pretrain_slides  # noqa: E402
 from ssmamba_models.slide import create_slide_encoder  # noqa: E402
+from ssmamba_models.slide.slide_weights import load_slide_encoder, save_slide_encoder  # noqa: E402
 
 QUICK = {"batch_size": 4, "epochs": 2, "workers": 0, "log_every": 1, "lr": 1e-3, "device": "cpu"}
 METHODS = {
@@ -139,24 +140,48 @@ class TestRun:
         assert all(torch.equal(value, trained[name]) for name, value in module.encoder.state_dict().items())
 
 
-class TestResume:
-    def test_a_stopped_run_goes_on_bit_for_bit(self, unbroken, slides, tmp_path, monkeypatch):
-        method, run, _ = unbroken
-        real = module_under_test.Trainer._step
+@pytest.fixture
+def stopped_run_of(monkeypatch):
+    """`run_of` that is told to stop in its third step."""
+    real = module_under_test.Trainer._step
 
-        def stepping(trainer, *arguments):
-            if trainer.state.step + 1 == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return real(trainer, *arguments)
+    def stepping(trainer, *arguments):
+        if trainer.state.step + 1 == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(trainer, *arguments)
 
+    def stopped(*arguments, **changes):
         with monkeypatch.context() as patched:
             patched.setattr(module_under_test.Trainer, "_step", stepping)
-            stopped = run_of(slides, tmp_path / "run", method)
+            return run_of(*arguments, **changes)
+
+    return stopped
+
+
+class TestResume:
+    def test_a_stopped_run_goes_on_bit_for_bit(self, unbroken, slides, tmp_path, stopped_run_of):
+        method, run, _ = unbroken
+        stopped = stopped_run_of(slides, tmp_path / "run", method)
         assert (stopped.step, stopped.stopped_by) == (3, signal.SIGTERM)
         rest = run_of(slides, tmp_path / "run", method, resume=True)
         assert (rest.step, rest.stopped_by) == (4, None)
         assert curve_of(tmp_path / "run") == curve_of(run)
         assert_same_weights(tmp_path / "run", run)
+
+    @pytest.mark.parametrize(("method", "arguments"), [("gigassl", {"embed_dim": 8}), ("pama", {"max_tiles": 12})])
+    def test_where_the_first_weights_are_gone(self, method, arguments, slides, tmp_path, stopped_run_of):
+        """The arguments that came with them are kept."""
+        init = tmp_path / "init"
+        save_slide_encoder(create_slide_encoder(METHODS[method]["model"], 6, **arguments), init)
+        run_of(slides, tmp_path / "whole", method, init=str(init))
+        stopped_run_of(slides, tmp_path / "run", method, init=str(init))
+        init.rename(tmp_path / "moved")
+        run_of(slides, tmp_path / "run", method, init=str(init), resume=True)
+        assert curve_of(tmp_path / "run") == curve_of(tmp_path / "whole")
+        assert_same_weights(tmp_path / "run", tmp_path / "whole")
+        assert load_slide_encoder(tmp_path / "run").arguments == {"feature_dim": 6, **arguments}
+        with pytest.raises(OSError, match=r"/init' is no folder with a config\.json"):
+            run_of(slides, tmp_path / "new", method, init=str(init), resume=True)
 
     def test_a_run_killed_before_its_checkpoint_repeats_the_steps(self, unbroken, slides, tmp_path):
         """What SIGKILL leaves: an older checkpoint, newer lines, and weights that fit neither."""

@@ -133,6 +133,18 @@ def test_the_markdown_shows_the_figures_of_the_json(run):
     assert report["data"]["sha256"][:12] in text
 
 
+def test_that_auc_is_over_all_folds_is_told(run, tiles, tmp_path):
+    said = "AUC (of the classes and the ROC curves too) ranks the tiles of all folds at once"
+    assert said in (run[0] / "report.md").read_text()
+    divided = shutil.copytree(tiles, tmp_path / "tiles")
+    header, *rows = (divided / "manifest.csv").read_text().splitlines()
+    rows = [f"{row},{'test' if row.endswith('3') else 'train'}" for row in rows]
+    (divided / "manifest.csv").write_text("\n".join([f"{header},split", *rows]))
+    settings = Settings(seeds=1, episodes=4, draws=20)
+    evaluate(divided, parse_models(["color_histogram"]), tmp_path / "r", settings=settings, embedding=SMALL)
+    assert said not in (tmp_path / "r" / "report.md").read_text()
+
+
 def test_pictures(run):
     out, report = run
     assert [(entry["task"], entry["kind"]) for entry in report["plots"]] == [

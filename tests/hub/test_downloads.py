@@ -104,7 +104,7 @@ def test_a_private_repository_with_a_token(hub, client, bundle, tmp_path):
 def test_registry_names_through_the_hub(hub, client, tmp_path):
     name = "ssmamba-models/ssmamba_tiny.mamim_lc25000"
     run = write_run(tmp_path / "run", model="ssmamba_tiny")
-    publish(run, name, dry_run=tmp_path / "bundle", bf16=True)
+    publish(run, name, dry_run=tmp_path / "bundle", dtype="bfloat16")
     files = {path.name: path.read_bytes() for path in (tmp_path / "bundle").iterdir()}
     hub.add(name, files)
     # As where the packaged file is absent.

@@ -59,7 +59,7 @@ class TestWhatIsWritten:
         assert not {"url", "file", "hf_hub_id", "tag"} & config["pretrained_cfg"].keys()
 
     def test_bf16_is_half_the_size(self, run, folder, tmp_path):
-        publish(run, "lab/model", bf16=True, dry_run=tmp_path / "half")
+        publish(run, "lab/model", dtype="bfloat16", dry_run=tmp_path / "half")
         half = load_file(tmp_path / "half" / "model.safetensors")
         assert {value.dtype for value in half.values()} == {torch.bfloat16}
         assert all(torch.equal(half[name], value.bfloat16()) for name, value in state_of(run).items())

@@ -84,7 +84,7 @@ class TestFolder:
         assert settings == {"features": "slides", "epochs": 2, "lr": 0.001}
 
     def test_bf16(self, slide_run, tmp_path):
-        publish(slide_run, "lab/slides", bf16=True, dry_run=tmp_path / "half")
+        publish(slide_run, "lab/slides", dtype="bfloat16", dry_run=tmp_path / "half")
         stored = load_file(tmp_path / "half" / "model.safetensors")
         assert {value.dtype for value in stored.values() if value.is_floating_point()} == {torch.bfloat16}
         loaded = create_slide_encoder("test_gigassl", 6, pretrained=tmp_path / "half")

@@ -49,7 +49,7 @@ def test_a_revision_leaves_main_alone(hub, client, run):
     send(client, run, "lab/branched")
     before = dict(hub.repos["lab/branched"].branches)
     for _ in range(2):  # made, then there
-        place, name, _ = send(client, run, "lab/branched", revision="v2", bf16=True)
+        place, name, _ = send(client, run, "lab/branched", revision="v2", dtype="bfloat16")
     after = hub.repos["lab/branched"].branches
     assert after["main"] == before["main"]
     assert place.endswith(after["v2"])
@@ -58,7 +58,7 @@ def test_a_revision_leaves_main_alone(hub, client, run):
 
 def test_publishing_again_is_another_commit(hub, client, run):
     first = send(client, run, "lab/twice")[0]
-    second = send(client, run, "lab/twice", bf16=True)[0]
+    second = send(client, run, "lab/twice", dtype="bfloat16")[0]
     assert first != second
     assert len(hub.repos["lab/twice"].messages) == 3
 
@@ -96,7 +96,7 @@ class TestFailures:
         send(client, run, "lab/public")
         files = dict(hub.repos["lab/public"].files())
         match = "'lab/public' is there and public.*leave --private out"
-        self.refused(client, run, "lab/public", match, kind="ValueError", private=True, bf16=True)
+        self.refused(client, run, "lab/public", match, kind="ValueError", private=True, dtype="bfloat16")
         assert hub.repos["lab/public"].files() == files
 
     @pytest.mark.parametrize("name", ["model", "a/b/c", "lab/", "/model", "lab/mo del", ""])

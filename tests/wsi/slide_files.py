@@ -107,6 +107,27 @@ def _tiles(
                 yield _content(content, column * tile, row * tile, tile, tile, downsample)
 
 
+_SCN = """<?xml version="1.0"?>
+<scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01"><collection sizeX="{}" sizeY="{}"><image>
+<pixels sizeX="{}" sizeY="{}"><dimension sizeX="{}" sizeY="{}" r="0" ifd="0"/></pixels>
+<view offsetX="{}" offsetY="{}" sizeX="{}" sizeY="{}"/>
+<scanSettings><objectiveSettings><objective>20</objective></objectiveSettings><illuminationSettings>
+<illuminationSource>brightfield</illuminationSource></illuminationSettings></scanSettings>
+</image></collection></scn>"""
+
+
+def make_scn(path: Path, size: tuple[int, int], origin: tuple[int, int], mpp: float, content: Content = tissue) -> Path:
+    """Write a Leica slide whose scanned area begins at `origin` and ends with the slide; places as `make_pyramid`'s.
+
+    `content` is asked for places in the scanned area.
+    """
+    nanometres = round(1000 * mpp)
+    area = size[0] - origin[0], size[1] - origin[1]
+    lengths = [nanometres * length for length in (*size, *origin, *area)]
+    xml = _SCN.format(*lengths[:2], *area, *area, *lengths[2:])
+    return make_pyramid(path, area, mpp, levels=(1,), content=content, compression="jpeg", description=xml)
+
+
 def truncate(path: Path, share: float = 0.5) -> Path:
     """Cut a file off, as a copy that stopped."""
     data = path.read_bytes()

@@ -152,6 +152,36 @@ class TestOtherFormats:
             open_slide(path)
         assert "is truncated" not in str(caught.value)
 
+    def test_mirax_without_its_folder_is_not_its_preview(self, tmp_path):
+        path = tmp_path / "a.mrxs"
+        Image.new("RGB", (50, 50)).save(path, format="JPEG")
+        with pytest.raises(NotASlideError, match=r"a\.mrxs' is not a slide.*data folder '.*a' is missing; copy that"):
+            open_slide(path, 0.5)
+        (tmp_path / "a").mkdir()
+        with pytest.raises(NotASlideError, match=r"data folder '.*a' has no Slidedat\.ini; copy that folder again"):
+            open_slide(path, 0.5)
+        index = tmp_path / "a" / "Slidedat.ini"
+        index.write_text("[HIERARCHICAL]\r\nINDEXFILE = Index.dat\r\n[DATAFILE]\r\nFILE_0 = Data0000.dat\r\n")
+        (tmp_path / "a" / "Data0000.dat").write_bytes(bytes(100))
+        with pytest.raises(NotASlideError, match=r"'Index\.dat', which '.*Slidedat\.ini' names, is missing; copy"):
+            open_slide(path, 0.5)
+        with open_slide(path, 0.5, backend="pil") as slide:
+            assert slide.dimensions == (50, 50)
+
+    @pytest.mark.parametrize("suffix", [".vms", ".vmu"])
+    def test_hamamatsu_without_its_pictures(self, tmp_path, suffix):
+        path = tmp_path / f"a{suffix}"
+        path.write_text("[Virtual Microscope Specimen]\nImageFile=a.jpg\nImageFile(1,0)=a(1,0).jpg\nMapFile=map.jpg\n")
+        Image.new("RGB", (50, 50)).save(tmp_path / "map.jpg")
+        with pytest.raises(NotASlideError, match=r"'a\.jpg' and 1 more, which '.*a\.vm.' names, is missing; copy all"):
+            open_slide(path, 0.5)
+
+    def test_a_picture_called_dcm(self, tmp_path):
+        path = tmp_path / "a.dcm"
+        Image.new("RGB", (50, 50)).save(path, format="PNG")
+        with pytest.raises(NotASlideError, match=r"a\.dcm' is not a slide.*all \.dcm files of its series"):
+            open_slide(path, 0.5)
+
     def test_a_tiff_by_any_other_name(self, tmp_path):
         path = make_pyramid(tmp_path / "a.png", (300, 300), 0.5, content=waves)
         with open_slide(path) as slide:

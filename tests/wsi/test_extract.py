@@ -390,7 +390,7 @@ class TestRefusing:
             ({"dtype": "float16"}, "dtype was 'float32', now 'float16'"),
             ({"grid": True}, "grid was False, now True"),
             ({"pool": "mean_std"}, "pool was .*, now 'mean_std'"),
-            ({"bf16": True}, "precision was 'float32', now 'bfloat16'"),
+            ({"precision": "bf16"}, "precision was 'float32', now 'bfloat16'"),
         ],
     )
     def test_a_job_does_not_mix(self, slides, whole, changes, named):

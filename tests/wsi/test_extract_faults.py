@@ -1,8 +1,10 @@
 """Bad slides, killed processes, full disks: each has its own clear line, the others finish, no half file stays."""
 
 import csv
+import json
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -11,14 +13,16 @@ pytest.importorskip("h5py", reason="feature files need the [wsi] extra")
 pytest.importorskip("openslide", reason="slides need the [wsi] extra")
 
 from job_cases import FEATURES, TINY, digests, events, extract, leftovers, make_bad_slides, make_slides
-from slide_files import make_pyramid
+from slide_files import blank, make_not_a_slide, make_pyramid
 
 from ssmamba_models.data.features import read_slide_features
+from ssmamba_models.locks import Locks
 from ssmamba_models.wsi import decode_processes, local_engine, slide_run, turns
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.decoding import OutputError, PrepareTask
 from ssmamba_models.wsi.dry_run import dry_run
 from ssmamba_models.wsi.extract_plan import ExtractPlan
+from ssmamba_models.wsi.job import Job
 from ssmamba_models.wsi.slide_list import SlideFile, find_slides
 from ssmamba_models.wsi.status import read_summary
 
@@ -137,6 +141,74 @@ class TestBadSlides:
 
         monkeypatch.setattr(local_engine.TileEncoder, "finish", staticmethod(spoil))
         assert "not finite" in extract(slides, tmp_path / "job").failed["a"]
+
+
+class TestReplacedSlides:
+    """A slide whose file is another one than when it was done, and ends without output now."""
+
+    def test_the_features_of_the_old_file_go(self, tmp_path):
+        slides, out = make_slides(tmp_path / "slides"), tmp_path / "job"
+        extract(slides, out)
+        make_not_a_slide(slides / "a.tif")
+        make_pyramid(slides / "b.tif", (1600, 1200), mpp=0.5, content=blank)
+        result = extract(slides, out)
+        assert (list(result.failed), result.no_tissue, result.done) == (["a"], ["b"], ["c"])
+        assert [path.name for path in (out / FEATURES).iterdir()] == ["c.h5"]
+
+    def test_the_features_of_a_slide_that_is_out_of_reach_stay(self, tmp_path, monkeypatch):
+        slides, out = make_slides(tmp_path / "slides", "a"), tmp_path / "job"
+        extract(slides, out)
+        before, real = digests(out), Job.open
+
+        def lose_the_disk(job, begun_with):
+            (slides / "a.tif").unlink()
+            return real(job, begun_with)
+
+        monkeypatch.setattr(Job, "open", lose_the_disk)
+        assert list(extract(slides, out).failed) == ["a"]
+        assert digests(out) == before
+
+
+class TestOwnersElsewhere:
+    """Slides in the hands of processes on other machines, when this one has nothing else to do."""
+
+    @pytest.fixture(autouse=True)
+    def short_patience(self, monkeypatch):
+        monkeypatch.setattr(Locks.__init__, "__defaults__", (0.5, 1.5))
+
+    @staticmethod
+    def held_elsewhere(out):
+        """A lock of slide "a" that another machine's process made just now."""
+        (out / ".locks").mkdir(parents=True)
+        lock = out / ".locks" / "a.0.lock"
+        lock.write_text(json.dumps({"machine": "node7 pid:[1]", "pid": 42, "started": "1", "time": 0, "token": "a"}))
+        return lock
+
+    def test_one_that_died_is_waited_for_and_its_slide_done(self, tmp_path):
+        slides, out = make_slides(tmp_path / "slides", "ab"), tmp_path / "job"
+        self.held_elsewhere(out)
+        with pytest.warns(UserWarning, match=r"1 of 2 slides are held by .*'a' by process 42 on node7\); waiting 2 s"):
+            result = extract(slides, out)
+        assert (result.done, result.unfinished, result.new) == (["a", "b"], [], 2)
+        assert leftovers(out) == []
+
+    def test_one_that_lives_keeps_its_slide(self, tmp_path):
+        slides, out = make_slides(tmp_path / "slides", "ab"), tmp_path / "job"
+        lock, stop = self.held_elsewhere(out), threading.Event()
+
+        def beat():
+            while not stop.wait(0.1):
+                os.utime(lock)
+
+        heart = threading.Thread(target=beat)
+        heart.start()
+        try:
+            with pytest.warns(UserWarning, match="for a sign of life"):
+                result = extract(slides, out)
+        finally:
+            stop.set()
+            heart.join()
+        assert (result.done, result.unfinished) == (["b"], ["a"])
 
 
 class TestKilledDecoders:

@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +23,12 @@ from slide_files import corrupt_tile, make_pyramid, waves
 from ssmamba_models.data.features import read_slide_features
 from ssmamba_models.data.labelled import read_tiles
 from ssmamba_models.data.spatial_tiles import read_spatial_tiles
-from ssmamba_models.wsi import tile_run
+from ssmamba_models.locks import JOB_LOCK, Locks
+from ssmamba_models.wsi import job_folder, tile_run
 from ssmamba_models.wsi.decoding import OutputError
 from ssmamba_models.wsi.reader import open_slide
 from ssmamba_models.wsi.status import read_summary
+from ssmamba_models.wsi.tile_job import TileJob
 from ssmamba_models.wsi.tile_slides import TilePlan, count_slide_tiles
 
 pytestmark = [
@@ -202,7 +206,7 @@ class TestBadSlides:
             cut(path, tmp_path / "job")
         assert not (tmp_path / "job").exists()
 
-    @pytest.mark.parametrize("name", ["config", "summary", "x.01234567", "a, b\n\"c\""])
+    @pytest.mark.parametrize("name", ["config", "summary", "x.01234567", 'a, b\n"c"'])
     def test_odd_names(self, tmp_path, name):
         make_pyramid(tmp_path / f"{name}.tif", (256, 256), mpp=0.5, content=waves)
         for _ in range(2):
@@ -332,6 +336,58 @@ class TestGoingOn:
         assert sorted(events(out, "done")) == ["a", "b", "c"]
 
 
+class TestTurns:
+    """Processes take turns to write the job's own files."""
+
+    @pytest.fixture(autouse=True)
+    def short_turns(self, monkeypatch):
+        monkeypatch.setattr(job_folder, "_JOB_TIMEOUT", 0.6)
+
+    def test_many_short_turns_of_others_are_waited_for(self, slides, tmp_path):
+        out = tmp_path / "job"
+        with Locks(out / ".locks") as others:
+            out.mkdir()
+            lock = others.acquire(JOB_LOCK)
+
+            def take_turns():
+                said = json.loads(lock.text)
+                for turn in range(8):
+                    time.sleep(0.25)
+                    part = out / "turn"
+                    part.write_text(json.dumps({**said, "token": str(turn)}))
+                    part.replace(lock.path)
+                lock.path.unlink()
+
+            turns = threading.Thread(target=take_turns)
+            turns.start()
+            assert cut(slides / "a.tif", out).done == ["a"]
+            turns.join()
+
+    def test_a_turn_without_an_end_is_told(self, slides, tmp_path):
+        (tmp_path / "job").mkdir()
+        with Locks(tmp_path / "job" / ".locks") as others:
+            others.acquire(JOB_LOCK)
+            with pytest.raises(OutputError, match="is its disk stuck"):
+                cut(slides / "a.tif", tmp_path / "job")
+
+    def test_a_job_begins_while_another_process_writes_its_tables(self, slides, tmp_path, monkeypatch):
+        out, real, held = tmp_path / "job", tile_run.TileRun.take, []
+        others, look = Locks(out / ".locks"), TileJob.find_done
+
+        def hold(job, slide):
+            held.append(held or others.acquire(JOB_LOCK))
+            return look(job, slide)
+
+        def let_go(run, rows, cuts):
+            others.close()
+            real(run, rows, cuts)
+
+        monkeypatch.setattr(TileJob, "find_done", hold)
+        monkeypatch.setattr(tile_run.TileRun, "take", let_go)
+        assert cut(slides / "a.tif", out).done == ["a"]
+        assert held[0] is not None
+
+
 class TestLabels:
     TABLE = "slide,label,patient,split\na.tif,tumour,p1,train\nb,normal,p2,val\nc,tumour,p1,train\nd,normal,p9,test\n"
 
@@ -391,6 +447,35 @@ class TestLabels:
         with pytest.raises(ValueError, match=r"no line for 1 of the 2 slides \('a'\)"):
             cut(slides / "b.tif", out, labels=self.write(tmp_path, "slide,label\nb,x\n"))
         assert bytes_of(out) == before
+
+    def test_slides_that_others_have_begun_need_a_label_too(self, slides, tmp_path, monkeypatch):
+        out, real, table = tmp_path / "job", tile_run.TileRun.take, self.write(tmp_path, "slide,label\nb,x\n")
+
+        def meanwhile(run, rows, cuts):
+            with pytest.raises(ValueError, match=r"no line for 1 of the 2 slides \('a'\)"):
+                cut(slides / "b.tif", out, labels=table)
+            real(run, rows, cuts)
+
+        monkeypatch.setattr(tile_run.TileRun, "take", meanwhile)
+        assert cut(slides / "a.tif", out).done == ["a"]
+        assert {row["slide"] for row in manifest(out)} == {"a"}
+
+    def test_a_table_of_others_without_a_slide_stops_no_job(self, slides, tmp_path, monkeypatch):
+        out, real = tmp_path / "job", TileJob.find_done
+        table = self.write(tmp_path, "slide,label\nb,x\n")
+
+        def meanwhile(job, slide):
+            """Before slide "a" begins, another process gives the job labels and does its slide."""
+            monkeypatch.setattr(TileJob, "find_done", real)
+            assert cut(slides / "b.tif", out, labels=table).done == ["b"]
+            return real(job, slide)
+
+        monkeypatch.setattr(TileJob, "find_done", meanwhile)
+        with pytest.warns(UserWarning, match=r"manifest.csv' stays as it was: .* no line for 1 of the 2 slides"):
+            assert cut(slides / "a.tif", out).done == ["a"]
+        assert {row["slide"] for row in manifest(out)} == {"b"}
+        cut(slides / "a.tif", out, labels=self.write(tmp_path, "slide,label\na,x\nb,x\n"))
+        assert {row["slide"] for row in manifest(out)} == {"a", "b"}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from ssmamba_models._version import __version__
 from ssmamba_models.cli.checks.finding import Finding
 from ssmamba_models.cli.checks.probe import Probe
+from ssmamba_models.notice import first_line
 
 _SUBJECT = "packages"
 
@@ -33,10 +34,16 @@ OPTIONAL = {
     "h5py": "wsi",
     "openslide": "wsi",
     "tifffile": "wsi",
+    "imagecodecs": "wsi",
+    "scipy": "wsi",
     "sklearn": "eval",
-    "scipy": "eval",
-    "pandas": "eval",
     "matplotlib": "eval",
+    "accelerate": "train",
+    "torchmetrics": "train",
+    "tensorboard": "train",
+    "yaml": "train",
+    "torchmil": "mil",
+    "ray": "cluster",
 }
 
 # Run by a probe, with the names as arguments.
@@ -102,7 +109,7 @@ def _results(probe: Probe, names: Iterable[str]) -> dict[str, dict]:
 
 def _core_finding(name: str, result: dict) -> Finding:
     if "error" in result:
-        text = _first_line(result["error"])
+        text = first_line(result["error"])
         return Finding(_SUBJECT, name, "problem", text, _core_cure(name, result))
     version = result["version"] or _installed_version(name) or "imports"
     if name in MINIMUM and _numbers(version) < MINIMUM[name]:
@@ -157,7 +164,7 @@ def _optional_finding(name: str, extra: str, result: dict) -> Finding:
         return Finding(_SUBJECT, name, "ok", result["version"] or _installed_version(name))
     if result["missing"]:
         return Finding(_SUBJECT, name, "ok", "not installed (optional)", cure)
-    return Finding(_SUBJECT, name, "warning", f"does not import: {_first_line(result['error'])}", cure)
+    return Finding(_SUBJECT, name, "warning", f"does not import: {first_line(result['error'])}", cure)
 
 
 def _triton() -> Finding:
@@ -178,7 +185,3 @@ def _requirements(name: str) -> list[str]:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
-
-
-def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no message"])[0]
