@@ -83,7 +83,10 @@ def command(
 def _packaged(model: str) -> bool:
     """Whether the package itself holds weights of this name: no network is needed."""
     name = model.split(".")[0]
-    config = get_pretrained_cfg(model) if is_model(name) else None
+    try:
+        config = get_pretrained_cfg(model) if is_model(name) else None
+    except RuntimeError:  # no such tag, as the encoder's loading says better
+        return False
     return config is not None and bool(config.file)
 
 

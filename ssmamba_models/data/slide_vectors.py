@@ -1,6 +1,6 @@
 """Slide vectors: one row for each slide, in one HDF5 file with the baselines that they are to be compared with.
 
-Layout: `slides` (S,) UTF-8 names, `embeddings` (S, E) float32, `baselines/<name>` (S, ...) float32 of the same slides,
+Layout: `slides` (S,) UTF-8 names, `embeddings` (S, E) float32, `baselines/<name>` (S, E) float32 of the same slides,
 and the provenance as attributes of the file. Nothing in it depends on the time or the machine's paths, so the same
 features and weights give the same bytes. Vectors from elsewhere are read from a plain .npy with a list of ids.
 """
@@ -31,7 +31,7 @@ class SlideVectors:
     Attributes:
         slides: S names.
         embeddings: (S, E) float32.
-        baselines: name -> (S, ...) float32: what the vectors are to be compared with.
+        baselines: name -> (S, E) float32: what the vectors are to be compared with.
         attributes: the provenance, name -> value.
 
     Raises:

@@ -44,9 +44,10 @@ def _percentile_interval(draws: np.ndarray) -> tuple[float, float]:
 class Resampling:
     """B draws of groups and of seeds, made once and used for every model, so that models can be compared draw by draw.
 
-    Each draw takes groups with replacement, class by class (a group counts for its most frequent class), so that no
-    class is lost from a draw, and seeds with replacement. Source: Efron and Tibshirani, "An Introduction to the
-    Bootstrap", 1993; groups, because tiles of one patient are no independent witnesses.
+    Each draw takes groups with replacement, class by class, and seeds with replacement. A group of several classes
+    counts for the one that has the fewest groups, so a draw can lose a class only if all groups of that class count
+    for others. Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993; groups, because tiles of one
+    patient are no independent witnesses.
 
     Args:
         groups: N names, the group of each scored tile.
@@ -105,11 +106,13 @@ def _weighted_medians(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _strata(group_of: np.ndarray, labels: Sequence[str], count: int) -> list[np.ndarray]:
-    votes: list[Counter[str]] = [Counter() for _ in range(count)]
+    """Of each class its groups; a group of several classes counts for the one that has the fewest groups."""
+    classes_of: list[set[str]] = [set() for _ in range(count)]
     for group, label in zip(group_of, labels):
-        votes[group][label] += 1
-    majority = np.array([min(vote, key=lambda label: (-vote[label], label)) for vote in votes])
-    return [np.flatnonzero(majority == label) for label in np.unique(majority)]
+        classes_of[group].add(label)
+    frequency = Counter(label for classes in classes_of for label in classes)
+    rarest = np.array([min(classes, key=lambda label: (frequency[label], label)) for classes in classes_of])
+    return [np.flatnonzero(rarest == label) for label in np.unique(rarest)]
 
 
 def compare(first: Estimate, second: Estimate) -> dict:

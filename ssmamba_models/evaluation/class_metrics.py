@@ -1,7 +1,7 @@
 """Metrics of a classifier, for the test tiles as they are and for all bootstrap draws at once.
 
 scikit-learn's functions score one draw at a time, which for a thousand draws of several models takes minutes; these
-take weights. Without weights they equal scikit-learn's (tested).
+take weights. Without weights, and with tiles of every class, they equal scikit-learn's (tested).
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ class ClassCounts:
     actual: np.ndarray
 
     def scores(self) -> dict[str, np.ndarray]:
-        """macro_f1, balanced_accuracy and accuracy, each (...,); a class without tiles does not count."""
+        """macro_f1, balanced_accuracy and accuracy, each (...,); a class without tiles does not count.
+
+        Nor does it if it is predicted: its F1 would be 0 in the draws that lack it, whatever the classifier.
+        """
         with np.errstate(invalid="ignore", divide="ignore"):
-            f1 = 2 * self.hits / (self.predicted + self.actual)
+            f1 = np.where(self.actual > 0, 2 * self.hits / (self.predicted + self.actual), np.nan)
             recall = self.hits / self.actual
             accuracy = self.hits.sum(axis=-1) / self.actual.sum(axis=-1)
         return {"macro_f1": mean_of_known(f1), "balanced_accuracy": mean_of_known(recall), "accuracy": accuracy}
@@ -79,18 +82,34 @@ def one_vs_rest_auc(
     Returns:
         (B, C); NaN where a draw has no tile of the class, or none of the others.
     """
-    columns = [_binary_auc(actual == label, scores[:, label], weights, group_of) for label in range(scores.shape[1])]
-    return np.stack(columns, axis=1)
+    hits, pairs = one_vs_rest_pairs(actual, scores, weights, group_of)
+    with np.errstate(invalid="ignore"):
+        return hits / pairs
 
 
-def _binary_auc(
+def one_vs_rest_pairs(
+    actual: np.ndarray, scores: np.ndarray, weights: np.ndarray, group_of: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `one_vs_rest_auc` divides, to be summed over folds first; arguments as there.
+
+    Returns:
+        Of the pairs of a tile of the class and one of another, those that the first wins and all there are: (B, C)
+        each.
+    """
+    columns = [_binary_pairs(actual == label, scores[:, label], weights, group_of) for label in range(scores.shape[1])]
+    hits, pairs = np.stack(columns, axis=2)
+    return hits, pairs
+
+
+def _binary_pairs(
     positive: np.ndarray, score: np.ndarray, weights: np.ndarray, group_of: np.ndarray | None
 ) -> np.ndarray:
+    """(2, B): pairs won, and all pairs."""
     first, won, there = _pairs_inside(positive, score, group_of)
     order = np.argsort(score, kind="stable")
     ranked, positive = score[order], positive[order]
     tied = np.flatnonzero(np.concatenate(([True], ranked[1:] != ranked[:-1])))  # where each run of equal scores begins
-    result = np.empty(len(weights))
+    result = np.empty((2, len(weights)))
     for start in range(0, len(weights), _CHUNK):
         weight = weights[start : start + _CHUNK, order].astype(np.float64)
         above = np.add.reduceat(weight * positive, tied, axis=1)
@@ -99,9 +118,8 @@ def _binary_auc(
         pairs = above.sum(axis=1) * below.sum(axis=1)
         times = weights[start : start + _CHUNK, first].astype(np.float64)
         copies = times * times - times
-        with np.errstate(invalid="ignore"):
-            hits = (above * beaten).sum(axis=1) - copies @ won
-            result[start : start + _CHUNK] = hits / (pairs - copies @ there)
+        hits = (above * beaten).sum(axis=1)
+        result[:, start : start + _CHUNK] = hits - copies @ won, pairs - copies @ there
     return result
 
 

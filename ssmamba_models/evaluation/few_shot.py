@@ -27,8 +27,10 @@ class FewShot:
 
     Attributes:
         shots: K.
-        estimates: the mean over episodes of macro_f1, balanced_accuracy and accuracy; draws are of test groups.
-        spread: for each metric, the 2.5th and 97.5th percentile of the episodes: what one choice of tiles may give.
+        estimates: the mean over episodes of macro_f1, balanced_accuracy and accuracy, each over the tiles of all
+            folds at once; draws are of test groups.
+        spread: for each metric, the 2.5th and 97.5th percentile of the episodes, each on the tiles of its fold: what
+            one choice of tiles may give.
     """
 
     shots: int
@@ -119,7 +121,8 @@ def few_shot(
         features: for each seed (N, D).
         labels: (N,) classes 0..C-1 (-1 for tiles of no class of the task).
         units: (N,) groups.
-        protocol: folds; with several folds the episodes are shared out among them.
+        protocol: folds; with several folds the episodes are shared out among them, and the first episodes of all
+            folds are scored together, then the second, and so on.
         resampling: draws over `protocol.test`.
         episodes: E for each seed.
 
@@ -142,25 +145,28 @@ def _score_shots(
     resampling: Resampling,
     episodes: int,
 ) -> FewShot:
-    per_seed = []
+    per_seed, alone = [], []
     for seed, folds in enumerate(protocol.seeds):
         rng = np.random.default_rng([seed, shots])
         share = -(-episodes // len(folds))
         common = (features[seed], labels, units, protocol.test, resampling, shots, share, rng)
-        rows = [scored for fold in folds for scored in _fold_scores(fold, *common)]
+        rows = []
+        for chunk in zip(*(_fold_counts(fold, *common) for fold in folds)):
+            # All folds together: the draws keep the classes of the whole test set, not those of each fold.
+            rows.append(_sum_counts(chunk).scores())
+            alone += [ClassCounts(fold.hits[:, 0], fold.predicted[:, 0], fold.actual[:, 0]).scores() for fold in chunk]
         per_seed.append({name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
     estimates, spread = {}, {}
     for name in per_seed[0]:
         # Column 0 is the test set as it is, the others are the draws.
-        means = np.stack([np.nanmean(scores[name], axis=0) for scores in per_seed])
+        means = np.stack([scores[name].mean(axis=0) for scores in per_seed])
         estimates[name] = resampling.estimate(means[:, 0], means[:, 1:])
-        single = np.concatenate([scores[name][:, 0] for scores in per_seed])
-        low, high = np.percentile(single, (2.5, 97.5))
+        low, high = np.percentile(np.concatenate([scores[name] for scores in alone]), (2.5, 97.5))
         spread[name] = (float(low), float(high))
     return FewShot(shots, estimates, spread)
 
 
-def _fold_scores(
+def _fold_counts(
     fold: Fold,
     features: np.ndarray,
     labels: np.ndarray,
@@ -170,8 +176,8 @@ def _fold_scores(
     shots: int,
     episodes: int,
     rng: np.random.Generator,
-) -> Iterator[dict[str, np.ndarray]]:
-    """For chunks of episodes: metric -> (episodes, 1 + B)."""
+) -> Iterator[ClassCounts]:
+    """For chunks of episodes: counts of (episodes, 1 + B, C), of the fold as it is and of its part of each draw."""
     # The result does not depend on where the origin is; near the tiles, float32 loses least.
     origin = features[fold.train].mean(axis=0)
     train, test = features[fold.train] - origin, features[fold.test] - origin
@@ -180,14 +186,22 @@ def _fold_scores(
     chosen = draw_episodes(labels[fold.train], units[fold.train], shots, episodes, rng)
     for start in range(0, episodes, _CHUNK):
         predicted = _predict(train, chosen[start : start + _CHUNK], test)
-        yield _weighted_scores(labels[fold.test], predicted, group_of, weights, int(labels.max()) + 1)
+        yield _weighted_counts(labels[fold.test], predicted, group_of, weights, int(labels.max()) + 1)
 
 
-def _weighted_scores(
+def _weighted_counts(
     actual: np.ndarray, predicted: np.ndarray, group_of: np.ndarray, weights: np.ndarray, classes: int
-) -> dict[str, np.ndarray]:
+) -> ClassCounts:
     groups = weights.shape[1]
     counts = [count_by_group(actual, row, group_of, groups, classes) for row in predicted]
     hits = weights @ np.stack([count.hits for count in counts])
     seen = weights @ np.stack([count.predicted for count in counts])
-    return ClassCounts(hits, seen, np.broadcast_to(weights @ counts[0].actual, hits.shape)).scores()
+    return ClassCounts(hits, seen, np.broadcast_to(weights @ counts[0].actual, hits.shape))
+
+
+def _sum_counts(parts: Sequence[ClassCounts]) -> ClassCounts:
+    return ClassCounts(
+        np.sum([part.hits for part in parts], axis=0),
+        np.sum([part.predicted for part in parts], axis=0),
+        np.sum([part.actual for part in parts], axis=0),
+    )

@@ -113,8 +113,8 @@ def _how_to_read(report: dict[str, Any]) -> str:
             "(class by class; few of them are a part of many) and, without splits, the folds. In brackets its 95 % "
             f"interval: percentiles of {settings['draws']} bootstrap draws of the scored patients (class by class) and "
             "of the repetitions.",
-            "- AUC is the mean over classes of one against the rest, within each fold: models of two folds need not "
-            "agree in scale. Macro-F1 is over all scored slides.",
+            "- AUC is the mean over classes of one against the rest, over the pairs of slides within each fold, all "
+            "folds together: models of two folds need not agree in scale. Macro-F1 is over all scored slides.",
             "- p: twice the share of draws in which the difference has the other sign or is 0; it is not corrected for "
             "the number of comparisons.",
             "- The intervals tell how far the figures would move with other patients of this data set, not with "

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ssmamba_models.evaluation.bootstrap import Estimate, Resampling, compare
-from ssmamba_models.evaluation.class_metrics import estimate_metrics, mean_of_known, one_vs_rest_auc
+from ssmamba_models.evaluation.class_metrics import estimate_metrics, mean_of_known, one_vs_rest_pairs
 from ssmamba_models.evaluation.folds import Fold, Protocol, make_protocol
 from ssmamba_models.evaluation.knn import NEIGHBOURS, knn
 from ssmamba_models.evaluation.slide_data import LabelledSlides
@@ -243,13 +243,21 @@ def _fold_auc(
     weights: np.ndarray,
     patient_of: np.ndarray,
 ) -> np.ndarray:
-    """(1 + B,): the mean over folds of the macro AUC, of the slides as they are and in each draw."""
-    columns = []
+    """(1 + B,): the macro AUC over the pairs of slides within each fold, all folds together.
+
+    The first is of the slides as they are, the others of the draws. Pairs are summed before they are divided: a mean
+    over folds would favour folds with few drawn patients, where more of the pairs are within a patient.
+    """
+    hits, pairs = np.zeros((2, len(weights), scores.shape[1]))
     for fold in folds:
         places = np.searchsorted(task.protocol.test, fold.test)
-        areas = one_vs_rest_auc(labels[places], scores[places], weights[:, places], patient_of[places])
-        columns.append(mean_of_known(areas))
-    return mean_of_known(np.stack(columns, axis=1))
+        fold_hits, fold_pairs = one_vs_rest_pairs(
+            labels[places], scores[places], weights[:, places], patient_of[places]
+        )
+        hits += fold_hits
+        pairs += fold_pairs
+    with np.errstate(invalid="ignore"):
+        return mean_of_known(hits / pairs)
 
 
 def compare_vectors(scores: dict[str, list[BudgetScores]]) -> list[dict]:

@@ -110,11 +110,13 @@ class DirectionalSSM(nn.Module):
         b, c = b.unflatten(-1, (self.directions, self.d_state)), c.unflatten(-1, (self.directions, self.d_state))
         delta = self.dt_proj(r)
         b = b + self.B_bias.to(b.dtype)
-        A = -torch.exp(self.A_log.float())
+        # The scan's own precision: float32, and float64 for float64 alone.
+        wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+        A = -torch.exp(self.A_log.to(wide))
         if torch.jit.is_scripting():
             # TorchScript's promotion differs from eager mode's under autocast; the operator wants one dtype.
             delta, b, c = delta.to(v.dtype), b.to(v.dtype), c.to(v.dtype)
-            y = torch.ops.ssmamba.directional_scan(v, delta, A, b, c, self.D.float(), self.dt_bias.float(), hold)
+            y = torch.ops.ssmamba.directional_scan(v, delta, A, b, c, self.D.to(wide), self.dt_bias.to(wide), hold)
         else:
             y = directional_scan(v, delta, A, b, c, self.D, self.dt_bias, hold)
         if self.scale > 1:

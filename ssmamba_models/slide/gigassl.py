@@ -36,7 +36,7 @@ class GigaSSLEncoder(SlideEncoder):
             ValueError: views or tiles is below 1, or no number.
         """
         if tiles == "all":
-            return F.normalize(self.encode(self._move(features[None]), self._move(grid[None]), None)[0], dim=0)
+            return F.normalize(self.encode(self._move(features[None]), self._place(grid[None]), None)[0], dim=0)
         for name, value in (("views", views), ("tiles", tiles)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected 1 or more" + (' or "all"' if name == "tiles" else ""))
@@ -44,12 +44,16 @@ class GigaSSLEncoder(SlideEncoder):
         total = 0
         for some in drawn.split(_VIEWS):
             place = some.to(features.device)
-            total = total + self.encode(self._move(features[place]), self._move(grid[place]), None).sum(0)
+            total = total + self.encode(self._move(features[place]), self._place(grid[place]), None).sum(0)
         return F.normalize(total / views, dim=0)
 
     def _move(self, values: Tensor) -> Tensor:
         weight = next(self.parameters())
         return values.to(weight.device, weight.dtype)
+
+    def _place(self, grid: Tensor) -> Tensor:
+        # Not in the weights' dtype: bfloat16 knows even numbers alone from 256 on.
+        return grid.to(next(self.parameters()).device)
 
 
 class GigaSSLSparse(GigaSSLEncoder):

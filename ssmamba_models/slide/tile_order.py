@@ -25,28 +25,12 @@ def scan_order(coords: Tensor, mask: Tensor | None = None, transposed: bool = Fa
     return order.gather(1, (~mask).gather(1, order).byte().argsort(dim=1, stable=True))
 
 
-def grid_places(coords: Tensor) -> Tensor:
-    """Columns and rows of the tiles, counted in steps of the grid.
-
-    The step is the smallest distance between two columns, or two rows. Each gap is rounded to whole steps on its own:
-    pixels are rounded, and over a whole slide the roundings would add up.
-
-    Shape: (n, 2) pixels -> (n, 2) int64, from 0.
-    """
-    axes = [axis.double().unique(return_inverse=True) for axis in coords.unbind(-1)]
-    gaps = [values.diff() for values, _ in axes]
-    step = torch.cat(gaps).min() if sum(map(len, gaps)) else 1.0
-    places = []
-    for gap, (_, inverse) in zip(gaps, axes):
-        position = torch.cat((gap.new_zeros(1), (gap / step).round().cumsum(0))).long()
-        places.append(position[inverse])
-    return torch.stack(places, dim=-1)
-
-
 def neighbour_graph(coords: Tensor) -> Tensor:
     """The graph that joins each tile with those of the eight around it that are there, normalised by degree.
 
-    ``D^(-1/2) A D^(-1/2)``; a tile without neighbours has an empty row.
+    ``D^(-1/2) A D^(-1/2)``; a tile without neighbours has an empty row. A neighbour is one step of the grid away in x,
+    in y or in both, to within a quarter of a step or a pixel. A slide may have several grids, as CLAM lays one in each
+    contour: each has its own edges.
 
     Args:
         coords: (n, 2) pixels; tiles at the same place count as one, the last.
@@ -57,22 +41,50 @@ def neighbour_graph(coords: Tensor) -> Tensor:
     Source: Kipf and Welling, arXiv:1609.02907, equation 2.
     """
     count = len(coords)
-    place = grid_places(coords) + 1  # a border all around: no neighbour is on the other side of the slide
-    width = int(place[:, 0].max()) + 2
-    key = place[:, 1] * width + place[:, 0]
-    ordered, tile = key.sort(stable=True)
+    tiles = torch.arange(count, device=coords.device)
+    places, inverse = coords.double().unique(dim=0, return_inverse=True)
+    last = tiles.new_zeros(len(places)).scatter_reduce(0, inverse, tiles, "amax")
+    step = _grid_step(places)
+    slack = max(step / 4, 1.0)  # pixels are rounded
+    # Cells are as wide as the farthest neighbour is away, so a tile's neighbours are in the nine cells around it.
+    cell = ((places - places.amin(dim=0)) / (step + slack)).long() + 1
+    width = int(cell[:, 0].max()) + 2  # a border all around: no neighbour is on the other side of the slide
+    key = cell[:, 1] * width + cell[:, 0]
+    ordered, place = key.sort(stable=True)
     pairs = []
     for down in (-1, 0, 1):
-        for right in (-1, 0, 1):
-            if down or right:
-                wanted = key + down * width + right
-                # The last of those that are equal.
-                found = (torch.searchsorted(ordered, wanted, right=True) - 1).clamp(min=0)
-                there = ordered[found] == wanted
-                pairs.append(torch.stack((there.nonzero()[:, 0], tile[found[there]])))
+        middle = key[inverse] + down * width
+        first = torch.searchsorted(ordered, middle - 1)
+        found = torch.searchsorted(ordered, middle + 1, right=True) - first
+        source = tiles.repeat_interleave(found)
+        nth = torch.arange(len(source), device=coords.device) - (found.cumsum(0) - found)[source]
+        target = place[first[source] + nth]
+        apart = (places[target] - places[inverse[source]]).abs()
+        steps = (apart / step).round()
+        near = (steps.amax(dim=1) == 1) & ((apart - steps * step).abs() <= slack).all(dim=1)
+        pairs.append(torch.stack((source[near], last[target[near]])))
     edges = torch.cat(pairs, dim=1)
     degree = torch.bincount(edges[0], minlength=count).float()
     values = (degree[edges[0]] * degree[edges[1]].clamp(min=1)).rsqrt()
     batch = torch.zeros_like(edges[:1])
-    places = torch.cat((batch, edges))
-    return torch.sparse_coo_tensor(places, values, (1, count, count), check_invariants=False).coalesce()
+    indices = torch.cat((batch, edges))
+    return torch.sparse_coo_tensor(indices, values, (1, count, count), check_invariants=False).coalesce()
+
+
+def _grid_step(places: Tensor) -> float:
+    """Pixels from a tile to the next in its row or column, of distinct places (n, 2).
+
+    Several grids, and tiles that are on none, have columns at any distance, so it is the gaps between successive tiles
+    of one row or column that count: the smallest of those that are a quarter as frequent as the most frequent, as
+    roundings make two of one step. A thin sample of a slide's tiles has gaps of many steps, none of them frequent:
+    then it is the smallest distance between two columns, or two rows, which is right for one grid.
+    """
+    gaps = []
+    for major_first in (places, places.flip(-1)):
+        apart = major_first.unique(dim=0).diff(dim=0)
+        gaps.append(apart[apart[:, 0] == 0, 1])
+    values, counts = torch.cat(gaps).unique(return_counts=True)
+    if len(values) and 2 * counts.max() >= len(places):
+        return values[4 * counts >= counts.max()].min().item()
+    gaps = torch.cat([axis.unique().diff() for axis in places.unbind(-1)])
+    return gaps.min().item() if len(gaps) else 1.0

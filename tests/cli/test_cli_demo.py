@@ -72,3 +72,9 @@ def test_bad_input(ssmamba, tmp_path, monkeypatch, arguments, said):
     assert result.exit_code == 2
     assert said in result.stderr
     assert os.listdir(tmp_path) == ["text.png"]
+
+
+def test_an_unknown_tag_is_named(ssmamba, tmp_path):
+    result = ssmamba("demo", "--model", "ssmamba_tiny.wrong_tag", "--out", tmp_path / "d.png")
+    assert result.exit_code == 2
+    assert "unknown weights 'ssmamba_tiny.wrong_tag'" in result.output

@@ -66,6 +66,18 @@ def test_a_broken_torchvision_is_named_and_the_doctor_survives(tmp_path, monkeyp
     assert any("timm" in line and "after torchvision failed" in line for line in lines)
 
 
+def test_a_torch_that_does_not_load_is_named(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch_cpu.so: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    code = "from ssmamba_models.cli.main import main; main()"
+    run = subprocess.run(
+        [sys.executable, "-c", code, "doctor"], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert run.returncode == 1, run.stderr
+    assert "libtorch_cpu.so" in run.stdout
+    assert "unknown, because torch failed" in run.stdout
+
+
 class TestPackages:
     def judge(self, core, optional=(), failure=""):
         probes = Probe(list(core), failure), Probe(list(optional), failure)
@@ -214,6 +226,9 @@ class TestMachine:
         found = self.judge(devices=["NVIDIA H200"], bf16=True)["devices"]
         assert found.text == "cpu, cuda: NVIDIA H200 (bfloat16)"
 
+    def test_other_devices(self):
+        assert self.judge(other="mps")["devices"].text == "cpu, mps"
+
     def test_little_shared_memory(self, monkeypatch):
         usage = namedtuple("usage", "total used free")(64 << 20, 0, 64 << 20)
         monkeypatch.setattr(machine.os.path, "isdir", lambda path: True)
@@ -237,6 +252,13 @@ class TestHub:
         ):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+
+    def test_a_folder_that_must_not_be_looked_into(self, monkeypatch):
+        def refuse(path):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "stat", lambda path, **options: refuse(path))
+        assert by_name(hub.check_hub())["cache"].status == "ok"
 
     def test_plain(self, tmp_path):
         found = by_name(hub.check_hub())

@@ -15,6 +15,23 @@ def test_draws_keep_every_class_and_its_number_of_groups():
     assert (per_class[1] == 2).all()
 
 
+def test_a_class_that_is_everywhere_the_minority_is_in_every_draw():
+    groups = [f"{group}" for group in range(6) for _ in range(3)]
+    labels = ["a", "a", "a"] * 4 + ["a", "a", "b"] * 2
+    resampling = Resampling(groups, labels, draws=300)
+    assert (resampling.weights[:, :4].sum(axis=1) == 4).all()
+    assert (resampling.weights[:, 4:].sum(axis=1) == 2).all()
+
+
+def test_groups_of_one_class_are_drawn_class_by_class_in_the_order_of_their_names():
+    resampling = Resampling(list("cabde"), ["y", "x", "x", "y", "x"], draws=20, seed=3)
+    rng = np.random.default_rng(3)
+    expected = np.empty((20, 5))
+    expected[:, [0, 1, 4]] = rng.multinomial(3, [1 / 3] * 3, 20)
+    expected[:, [2, 3]] = rng.multinomial(2, [1 / 2] * 2, 20)
+    assert np.array_equal(resampling.weights, expected)
+
+
 def test_the_interval_of_a_mean_is_that_of_the_normal_approximation():
     rng = np.random.default_rng(1)
     hits = rng.random(400) < 0.7

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from ssmamba_models.evaluation.bootstrap import Resampling
-from ssmamba_models.evaluation.class_metrics import class_table, confusion_matrix, estimate_metrics, one_vs_rest_auc
+from ssmamba_models.evaluation.class_metrics import (
+    ClassCounts,
+    class_table,
+    confusion_matrix,
+    estimate_metrics,
+    one_vs_rest_auc,
+)
 
 metrics = pytest.importorskip("sklearn.metrics", reason="compared with scikit-learn")
 
@@ -56,6 +62,14 @@ def test_auc_without_one_side_is_unknown():
     auc = one_vs_rest_auc(np.array([0, 0, 1]), np.eye(2)[[0, 0, 1]], np.array([[1.0, 1, 1], [1, 1, 0]]))
     assert auc[0].tolist() == [1, 1]
     assert np.isnan(auc[1]).all()
+
+
+def test_a_class_without_tiles_does_not_count_even_if_it_is_predicted():
+    actual, predicted = np.array([0, 0, 0, 1, 1]), np.array([0, 0, 2, 1, 0])
+    hits, seen, there = np.array([2, 1, 0]), np.array([3, 1, 1]), np.array([3, 2, 0])
+    found = ClassCounts(hits, seen, there).scores()
+    assert found["macro_f1"] == pytest.approx(metrics.f1_score(actual, predicted, labels=[0, 1], average="macro"))
+    assert found["balanced_accuracy"] == pytest.approx((2 / 3 + 1 / 2) / 2)
 
 
 def test_the_table_of_classes_and_the_confusion_matrix(case):

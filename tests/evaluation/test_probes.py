@@ -117,6 +117,37 @@ def test_few_shots_equal_the_definition_episode_by_episode():
         assert entry.spread["accuracy"] == pytest.approx(tuple(np.percentile(accuracies, (2.5, 97.5))), abs=1e-6)
 
 
+def test_few_shots_are_scored_over_all_folds_together():
+    """Folds with one group of each class, which many a draw leaves out."""
+    from sklearn.metrics import f1_score
+
+    tiles = grouped_tiles(groups_per_class=4, tiles_per_group=5)
+    labels, units = np.array(["abc".index(name) for name in tiles.labels]), np.asarray(tiles.groups)
+    features, places = features_of(labels, distance=3.0), np.arange(len(labels))
+    parts = [np.array([unit.endswith(str(part)) for unit in units]) for part in range(4)]
+    folds = tuple(Fold(places[~part], places[part]) for part in parts)
+    resampling = Resampling(units, labels, draws=60)
+    entry = few_shot([features], labels, units, Protocol("folds", (folds,)), resampling, episodes=160)[0]
+    rng = np.random.default_rng([0, 1])
+    answers, alone = np.zeros((40, len(labels)), int), []
+    for fold in folds:
+        chosen = draw_episodes(labels[fold.train], units[fold.train], 1, 40, rng)
+        for row, episode in zip(answers, chosen):
+            support = features[fold.train][episode.ravel()]
+            row[fold.test] = prototypes(support, np.arange(3), features[fold.test]).argmax(axis=1)
+            alone.append((row[fold.test] == labels[fold.test]).mean())
+
+    def macro_f1(rows):
+        return np.mean([f1_score(labels[rows], answer[rows], average="macro") for answer in answers])
+
+    found = entry.estimates["macro_f1"]
+    assert found.value == pytest.approx(macro_f1(places), abs=1e-6)
+    for weights, drawn in zip(resampling.weights[:5], found.draws):
+        assert drawn == pytest.approx(macro_f1(np.repeat(places, weights.astype(int)[resampling.group_of])), abs=1e-6)
+    assert found.draws.mean() == pytest.approx(found.value, abs=0.02)
+    assert entry.spread["accuracy"] == pytest.approx(tuple(np.percentile(alone, (2.5, 97.5))), abs=1e-6)
+
+
 @pytest.mark.parametrize("val_share", [None, 0.25])
 def test_separable_features_are_separated_by_every_method(val_share):
     tiles = grouped_tiles(val_share=val_share)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,15 +12,17 @@ for package in ("sklearn", "matplotlib", "h5py"):
     pytest.importorskip(package, reason="evaluation needs the [eval] and [wsi] extras")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+from ssmamba_models.data.labelled import LabelledTiles  # noqa: E402
 from ssmamba_models.data.slide_vectors import SlideVectors, read_slide_vectors, write_slide_vectors  # noqa: E402
 from ssmamba_models.data.synthetic_slides import write_synthetic_slides  # noqa: E402
-from ssmamba_models.evaluation.slide_data import label_slides  # noqa: E402
+from ssmamba_models.evaluation.slide_data import LabelledSlides, label_slides  # noqa: E402
 from ssmamba_models.evaluation.slide_evaluate import evaluate_slides  # noqa: E402
 from ssmamba_models.evaluation.slide_scoring import (  # noqa: E402
     SlideSettings,
     SlideTask,
     budget_size,
     logistic_regression,
+    score_vectors,
     stratified_order,
 )
 
@@ -184,6 +187,28 @@ class TestFolds:
         train, test, labels = rng.standard_normal((40, 5)), rng.standard_normal((7, 5)), np.array([0, 1, 1, 1] * 10)
         expected = LogisticRegression(C=10, class_weight="balanced", max_iter=5000).fit(train, labels)
         assert np.allclose(logistic_regression(train, labels, test), expected.predict_proba(test), atol=1e-4)
+
+
+def test_draws_of_patients_with_slides_of_both_classes_lie_about_the_value(monkeypatch):
+    """Each patient tells its two slides apart, and patients do not agree on the scale."""
+    patients = np.repeat(np.arange(30), 2)
+    truth = np.tile([0, 1], 30)
+    table = LabelledTiles(
+        Path("labels.csv"), slide_names(60), tuple("ab"[one] for one in truth), tuple(f"p{one:02}" for one in patients)
+    )
+    task = SlideTask(LabelledSlides(table, (), (), ()), SlideSettings(repeats=1, budgets=("all",), draws=1000))
+    scores = np.random.default_rng(0).normal(size=30)[patients] * 50 + truth
+    monkeypatch.setattr(f"{SlideTask.__module__}.logistic_regression", lambda train, labels, test: test)
+    entry = score_vectors(task, np.stack([-scores, scores], axis=1))[0]
+    won = [
+        scores[ours] > scores[theirs]
+        for fold in task.protocol.seeds[0]
+        for ours in fold.test[truth[fold.test] == 1]
+        for theirs in fold.test[truth[fold.test] == 0]
+    ]
+    auc = entry.estimates["auc"]
+    assert auc.value == pytest.approx(np.mean(won))
+    assert auc.draws.mean() == pytest.approx(auc.value, abs=0.01)
 
 
 class TestNpy:

@@ -320,6 +320,11 @@ def test_torchscript(model):
             torch.testing.assert_close(scripted(image(*size)), model(image(*size)))
 
 
+def test_torchscript_in_float64():
+    network, x = small(num_classes=42).eval().double(), image().double()
+    torch.testing.assert_close(torch.jit.script(network)(x), network(x), rtol=1e-10, atol=1e-10)
+
+
 def test_torchscript_saved_and_loaded(model, tmp_path):
     torch.jit.save(torch.jit.script(small(num_classes=42)), tmp_path / "model.pt")
     with torch.no_grad():

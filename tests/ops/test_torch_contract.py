@@ -51,6 +51,20 @@ def positional(op: str, inputs) -> tuple:
     return tuple(inputs.values())
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_torchs_default_dtype_matters_nothing(op, default):
+    inputs = MAKERS[op](**SMALL[op])
+    expected = results_and_gradients(call_public, op, inputs)
+    torch.set_default_dtype(default)
+    try:
+        found = results_and_gradients(call_public, op, inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 # ---- registration ----
 
 

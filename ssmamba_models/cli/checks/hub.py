@@ -53,9 +53,10 @@ def _endpoint() -> Finding:
 
 def _cache() -> Finding:
     folder = _cache_folder()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    # os.path, as pathlib raises where a folder above must not be looked into.
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     cure = "export HF_HOME=FOLDER, a folder that you may write in"
-    if not existing.is_dir():
+    if not os.path.isdir(existing):
         return Finding(_SUBJECT, "cache", "problem", f"{folder}: {existing} is a file, not a folder", cure)
     if not os.access(existing, os.W_OK):
         return Finding(_SUBJECT, "cache", "problem", f"{folder}: {existing} is not writable", cure)
@@ -73,6 +74,6 @@ def _token() -> Finding:
         if os.environ.get(variable):
             return Finding(_SUBJECT, "token", "ok", f"present (in {variable})")
     file = Path(os.environ.get("HF_TOKEN_PATH") or _hub_home() / "token").expanduser()
-    if file.is_file():
+    if os.path.isfile(file):
         return Finding(_SUBJECT, "token", "ok", "present (in a file)")
     return Finding(_SUBJECT, "token", "ok", "none (public weights need none; for gated ones: hf auth login)")

@@ -22,8 +22,9 @@ def torch_facts():
     return {
         "threads": torch.get_num_threads(),
         "built_for": torch.version.cuda or torch.version.hip or "",
+        "other": torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "",
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "bf16": bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported()),
+        "bf16": bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)),
     }
 attempt("torch", torch_facts)
 """
@@ -85,4 +86,6 @@ def _devices(facts: dict) -> Finding:
         cause = f"torch is built for CUDA {facts['built_for']}" if facts["built_for"] else "torch is a CPU build"
         cure = "install a torch for the CUDA version that nvidia-smi names: see pytorch.org/get-started"
         return Finding(_SUBJECT, "devices", "warning", f"an NVIDIA GPU is there, torch cannot use it ({cause})", cure)
+    if facts.get("other"):
+        return Finding(_SUBJECT, "devices", "ok", f"cpu, {facts['other']}")
     return Finding(_SUBJECT, "devices", "ok", "cpu (no GPU seen)")

@@ -38,10 +38,13 @@ OPTIONAL = {
     "scipy": "wsi",
     "sklearn": "eval",
     "matplotlib": "eval",
+    "yaml": "train",
+}
+# The same, of packages that are not imported: they take long, or import torch and then say what it has said.
+UNTRIED = {
     "accelerate": "train",
     "torchmetrics": "train",
     "tensorboard": "train",
-    "yaml": "train",
     "torchmil": "mil",
     "ray": "cluster",
 }
@@ -155,7 +158,8 @@ def _matching_pair_cure() -> str:
 
 def _optional_findings(probe: Probe) -> list[Finding]:
     results = _results(probe, OPTIONAL)
-    return [_optional_finding(name, extra, results[name]) for name, extra in OPTIONAL.items()]
+    tried = [_optional_finding(name, extra, results[name]) for name, extra in OPTIONAL.items()]
+    return tried + [_untried_finding(name, extra) for name, extra in UNTRIED.items()]
 
 
 def _optional_finding(name: str, extra: str, result: dict) -> Finding:
@@ -165,6 +169,13 @@ def _optional_finding(name: str, extra: str, result: dict) -> Finding:
     if result["missing"]:
         return Finding(_SUBJECT, name, "ok", "not installed (optional)", cure)
     return Finding(_SUBJECT, name, "warning", f"does not import: {first_line(result['error'])}", cure)
+
+
+def _untried_finding(name: str, extra: str) -> Finding:
+    version = _installed_version(name)
+    if version:
+        return Finding(_SUBJECT, name, "ok", version)
+    return Finding(_SUBJECT, name, "ok", "not installed (optional)", f'pip install "ssmamba-models[{extra}]"')
 
 
 def _triton() -> Finding:

@@ -13,6 +13,8 @@ from pathlib import Path
 _MARK = "@ssmamba-probe@"
 _PRELUDE = f"""
 import json, sys
+if sys.version_info < (3, 11) and sys.path[0] == "":
+    del sys.path[0]  # what PYTHONSAFEPATH does from 3.11 on
 def report(**facts):
     print({_MARK!r} + json.dumps(facts), flush=True)
 def attempt(part, function):

@@ -91,6 +91,16 @@ def _float(x: Tensor | None) -> Any:
     return None if x is None else x.float().contiguous()
 
 
+def _output(x: Tensor) -> Tensor:
+    """Room for a result like x."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _buffer(*shape: int) -> Tensor:
+    """Room for what the kernels write as float32, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def _pixelwise(x: Tensor) -> Tensor:
     """x (B, H, W, ...) itself if all its pixels lie at one stride and each pixel's values side by side, else a copy."""
     inner = 1
@@ -159,7 +169,7 @@ def directional_scan(
 ) -> Tensor:
     """See :func:`ssmamba_models.ops.directional_scan`."""
     args, keep = _directional(u, delta, A, B, C, D, delta_bias, hold)
-    y = torch.empty(u.shape, dtype=u.dtype)
+    y = _output(u)
     args.y = y.data_ptr()
     _call("ssmamba_directional_forward", args, args.batch * -(-args.channels // LANES), 4.0 * u.numel() * args.states)
     del keep
@@ -183,10 +193,10 @@ def directional_scan_backward(
     args.grad = _view(grad)
     batch, height, width, channels, states = args.batch, args.height, args.width, args.channels, args.states
     blocks = -(-channels // LANES)
-    du, ddelta = (torch.empty(u.shape, dtype=u.dtype) for _ in range(2))
-    dA, dD = torch.empty(batch, 4, channels, states), torch.empty(batch, channels)
-    dbias = torch.empty(batch, 4, channels)
-    dB, dC = (torch.empty(blocks, batch, height, width, 4, states) for _ in range(2))
+    du, ddelta = (_output(u) for _ in range(2))
+    dA, dD = _buffer(batch, 4, channels, states), _buffer(batch, channels)
+    dbias = _buffer(batch, 4, channels)
+    dB, dC = (_buffer(blocks, batch, height, width, 4, states) for _ in range(2))
     for name, x in zip(("du", "ddelta", "dA", "dD", "dbias", "dB", "dC"), (du, ddelta, dA, dD, dbias, dB, dC)):
         setattr(args, name, x.data_ptr())
     _call("ssmamba_directional_backward", args, batch * blocks, 12.0 * u.numel() * states)
@@ -235,7 +245,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`ssmamba_models.ops.selective_scan`; y and the last state (float32)."""
     args, keep = _selective(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    y, state = torch.empty(u.shape, dtype=u.dtype), torch.empty(args.batch, args.channels, args.states)
+    y, state = _output(u), _buffer(args.batch, args.channels, args.states)
     args.y, args.state = y.data_ptr(), state.data_ptr()
     tasks = args.batch * args.groups * _selective_blocks(args)
     _call("ssmamba_selective_forward", args, tasks, 1.0 * u.numel() * args.states)
@@ -261,10 +271,10 @@ def selective_scan_backward(
     grad, grad_state = grad.contiguous(), _float(grad_state)
     args.grad, args.grad_state = grad.data_ptr(), _address(grad_state)
     blocks = _selective_blocks(args)
-    du, ddelta, dz = (torch.empty(u.shape, dtype=u.dtype) for _ in range(3))
-    dA = torch.empty(args.batch, args.channels, args.states)
-    dD, dbias = (torch.empty(args.batch, args.channels) for _ in range(2))
-    dB, dC = (torch.empty(blocks, args.batch, args.groups, args.states, args.length) for _ in range(2))
+    du, ddelta, dz = (_output(u) for _ in range(3))
+    dA = _buffer(args.batch, args.channels, args.states)
+    dD, dbias = (_buffer(args.batch, args.channels) for _ in range(2))
+    dB, dC = (_buffer(blocks, args.batch, args.groups, args.states, args.length) for _ in range(2))
     names = ("du", "ddelta", "dz", "dA", "dD", "dbias", "dB", "dC")
     for name, x in zip(names, (du, ddelta, dz, dA, dD, dbias, dB, dC)):
         setattr(args, name, x.data_ptr())
@@ -286,7 +296,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[C
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """See :func:`ssmamba_models.ops.causal_conv1d`."""
     args, keep = _conv(x, weight, bias, silu)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = _output(x)
     args.y = y.data_ptr()
     _call("ssmamba_conv_forward", args, args.batch * args.channels, 0.3 * x.numel())
     del keep
@@ -299,8 +309,8 @@ def causal_conv1d_backward(
     """Gradients of x, weight and bias, the latter two in float32."""
     args, keep = _conv(x, weight, bias, silu)
     grad = grad.contiguous()
-    dx = torch.empty(x.shape, dtype=x.dtype)
-    dweight, dbias = torch.empty(args.batch, args.channels, args.taps), torch.empty(args.batch, args.channels)
+    dx = _output(x)
+    dweight, dbias = _buffer(args.batch, args.channels, args.taps), _buffer(args.batch, args.channels)
     args.grad, args.dx, args.dweight, args.dbias = (t.data_ptr() for t in (grad, dx, dweight, dbias))
     _call("ssmamba_conv_backward", args, args.batch * args.channels, 1.0 * x.numel())
     del keep

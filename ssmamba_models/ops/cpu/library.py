@@ -9,7 +9,7 @@ import os
 
 CURE = (
     "install a C compiler (Debian: apt-get install gcc; macOS: xcode-select --install) and reinstall: "
-    "pip install --force-reinstall --no-deps ssmamba-models"
+    "pip install --force-reinstall --no-deps --no-cache-dir ssmamba-models"
 )
 FUNCTIONS = (
     "ssmamba_directional_forward",

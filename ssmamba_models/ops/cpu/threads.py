@@ -48,11 +48,14 @@ def _openmp() -> tuple[int | None, ...] | None:
     GNU's runtime has these, and so have LLVM's and Intel's. Only the copy that lies in torch's own folder will do:
     other packages bring other copies, with other threads.
     """
-    folder = os.path.join(os.path.dirname(torch.__file__), "lib")
+    # As the system names files: without links.
+    folder = os.path.realpath(os.path.join(os.path.dirname(torch.__file__), "lib"))
     try:
         with open("/proc/self/maps") as maps:
-            paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "omp" in line}
-        inside = sorted(path for path in paths if os.path.dirname(path) == folder)
+            paths = {line.split(maxsplit=5)[-1].strip() for line in maps}
+        inside = sorted(
+            path for path in paths if os.path.dirname(path) == folder and "omp" in os.path.basename(path)
+        )
         runtime = ctypes.CDLL(inside[0])
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
         return tuple(ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value for name in names)
