@@ -18,11 +18,16 @@
 #define INLINE static inline __attribute__((always_inline))
 #define LANEWISE _Pragma("omp simd simdlen(16)") for (int i = 0; i < LANES; i++)
 
-/* One source, several instruction sets, chosen when the library is loaded (ifunc, hence glibc). */
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GLIBC__) && \
-    ((defined(__clang__) && __clang_major__ >= 17) || (!defined(__clang__) && __GNUC__ >= 12))
+/* One source, several instruction sets, chosen when the library is loaded (ifunc, hence glibc). GCC before 12 knows the
+ * levels by processors that have them. */
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GLIBC__)
+#if (defined(__clang__) && __clang_major__ >= 17) || (!defined(__clang__) && __GNUC__ >= 12)
 #define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
+#elif !defined(__clang__) && __GNUC__ >= 8
+#define MULTIVERSION __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#endif
+#endif
+#ifndef MULTIVERSION
 #define MULTIVERSION
 #endif
 
