@@ -86,5 +86,5 @@ def _grid_step(places: Tensor) -> float:
     values, counts = torch.cat(gaps).unique(return_counts=True)
     if len(values) and 2 * counts.max() >= len(places):
         return values[4 * counts >= counts.max()].min().item()
-    gaps = torch.cat([axis.unique().diff() for axis in places.unbind(-1)])
-    return gaps.min().item() if len(gaps) else 1.0
+    distances = torch.cat([axis.unique().diff() for axis in places.unbind(-1)])
+    return distances.min().item() if len(distances) else 1.0
