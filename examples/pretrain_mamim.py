@@ -1,6 +1,7 @@
 """Pretrain an encoder by MAMIM on tiles without labels: the run that the packaged weights come from, or a quick look.
 
 python examples/pretrain_mamim.py --data lc25000 --out run    # ssmamba_tiny's packaged weights: an hour or two
+python examples/pretrain_mamim.py --data lc25000 --out run --model ssmamba_small    # those of ssmamba_small
 python examples/pretrain_mamim.py --quick --out run           # synthetic tiles and a tiny model: under a minute
 python examples/pretrain_mamim.py --data tiles --config my.yaml --out run
 
@@ -22,7 +23,7 @@ from ssmamba_models.engine.config import load_config
 from ssmamba_models.engine.pretrain import PretrainConfig, pretrain
 from ssmamba_models.engine.weights import load_weights
 
-PACKAGED = Path(ssmamba_models.__file__).parent / "weights" / "ssmamba_tiny.mamim_lc25000.yaml"
+WEIGHTS = Path(ssmamba_models.__file__).parent / "weights"
 QUICK = {
     "model": "test_ssmamba",
     "img_size": 96,
@@ -51,6 +52,7 @@ def load_encoder(run, config):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of tiles, flat or nested")
+    parser.add_argument("--model", default="ssmamba_tiny", help="whose packaged weights; default: %(default)s")
     parser.add_argument("--config", help="settings; default: those of the packaged weights")
     parser.add_argument("--out", type=Path, required=True, help="run folder")
     parser.add_argument("--quick", action="store_true", help="a tiny model, on synthetic tiles if there is no --data")
@@ -60,7 +62,8 @@ def main():
         parser.error("give --data FOLDER, or --quick to look at synthetic tiles")
     with tempfile.TemporaryDirectory() as scratch:
         data = arguments.data or write_synthetic_tiles(scratch, tiles_per_kind=16, size=128)
-        source = arguments.config or (None if arguments.quick else PACKAGED)
+        packaged = WEIGHTS / f"{arguments.model}.mamim_lc25000.yaml"
+        source = arguments.config or (None if arguments.quick else packaged)
         config = load_config(PretrainConfig, source, {"data": data, **(QUICK if arguments.quick else {})})
         result = pretrain(config, arguments.out, resume=arguments.resume)
     losses = epoch_losses(result.run)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -244,24 +245,31 @@ class TestTurns:
         assert tasks[:2] == [("PrepareTask", first), ("ReadTask", first)]
         assert sorted(name for kind, name in tasks if kind == "PrepareTask") == ["a", "b", "c"]
 
-    def test_one_long_wait_does_not_end_the_turns(self):
+    @pytest.fixture
+    def clock(self, monkeypatch):
+        """Time as `clock.sleep` makes it: a busy machine's would be another."""
+        now = [0.0]
+        monkeypatch.setattr(turns.time, "perf_counter", lambda: now[0])
+        return SimpleNamespace(sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+    def test_one_long_wait_does_not_end_the_turns(self, clock):
         taking = turns.Turns(torch.device("cpu"))
         taking.kept = True
         for seconds in (0.2, 0, 0, 0, 0, 0.2, 0, 0):
-            self._batch(taking, reading=seconds)
+            self._batch(clock, taking, reading=seconds)
         assert taking.kept
         for _ in range(16):
-            self._batch(taking, reading=0.01)
+            self._batch(clock, taking, reading=0.01)
         assert not taking.kept
 
-    def test_small_batches_that_are_read_together_are_one_turn(self):
+    def test_small_batches_that_are_read_together_are_one_turn(self, clock):
         """A slide's last few tiles come with the next slide's batch: what that takes is not theirs alone."""
         taking = turns.Turns(torch.device("cpu"))
         taking.kept = True
         for _ in range(8):
-            self._batch(taking, reading=0.01)
+            self._batch(clock, taking, reading=0.01)
             with taking.computing():
-                time.sleep(0.1)
+                clock.sleep(0.1)
         assert taking.kept
 
     def test_slides_without_tissue_are_prepared_two_at_a_time(self, tmp_path, monkeypatch):
@@ -284,11 +292,11 @@ class TestTurns:
         assert sorted(most)[-4:] == [2, 2, 2, 2]
 
     @staticmethod
-    def _batch(taking, reading):
+    def _batch(clock, taking, reading):
         with taking.reading():
-            time.sleep(reading)
+            clock.sleep(reading)
         with taking.computing():
-            time.sleep(0.01)
+            clock.sleep(0.01)
 
     def test_cores_that_the_model_leaves_read_ahead(self, slides, tmp_path, monkeypatch, reads):
         monkeypatch.setattr(turns, "count_physical_cores", lambda: 2)
