@@ -51,31 +51,36 @@ class TestTheCommand:
             assert finding["status"] == "ok" or finding["cure"], finding
 
 
-def test_a_broken_torchvision_is_named_and_the_doctor_survives(tmp_path, monkeypatch):
-    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    code = "from ssmamba_models.cli.main import main; main()"
-    run = subprocess.run(
-        [sys.executable, "-c", code, "doctor"], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
-    assert run.returncode == 1, run.stderr
-    lines = run.stdout.splitlines()
+@pytest.fixture
+def doctor_beside(tmp_path, monkeypatch):
+    """Run `ssmamba doctor` where a package is a file of this code; returns what it printed."""
+
+    def doctor_beside(package, text):
+        (tmp_path / f"{package}.py").write_text(text)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        code = "from ssmamba_models.cli.main import main; main()"
+        run = subprocess.run(
+            [sys.executable, "-c", code, "doctor"], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+        )
+        assert run.returncode == 1, run.stderr
+        return run.stdout
+
+    return doctor_beside
+
+
+def test_a_broken_torchvision_is_named_and_the_doctor_survives(doctor_beside):
+    error = "raise RuntimeError('operator torchvision::nms does not exist')"
+    lines = doctor_beside("torchvision", error).splitlines()
     (at,) = [index for index, line in enumerate(lines) if "torchvision::nms does not exist" in line]
     assert "problem" in lines[at]
     assert "--force-reinstall torch torchvision" in lines[at + 1]
     assert any("timm" in line and "after torchvision failed" in line for line in lines)
 
 
-def test_a_torch_that_does_not_load_is_named(tmp_path, monkeypatch):
-    (tmp_path / "torch.py").write_text("raise OSError('libtorch_cpu.so: cannot open shared object file')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    code = "from ssmamba_models.cli.main import main; main()"
-    run = subprocess.run(
-        [sys.executable, "-c", code, "doctor"], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
-    assert run.returncode == 1, run.stderr
-    assert "libtorch_cpu.so" in run.stdout
-    assert "unknown, because torch failed" in run.stdout
+def test_a_torch_that_does_not_load_is_named(doctor_beside):
+    out = doctor_beside("torch", "raise OSError('libtorch_cpu.so: cannot open shared object file')")
+    assert "libtorch_cpu.so" in out
+    assert "unknown, because torch failed" in out
 
 
 class TestPackages:
