@@ -1,19 +1,22 @@
 """What each part of MAMIM is worth: short runs that differ in one setting, scored on groups that none of them saw.
 
 python examples/mamim_ablation.py --quick --out ablation               # synthetic tiles, a tiny model: two minutes
-python examples/mamim_ablation.py --data lc25000 --out ablation --epochs 1 \\
+python examples/mamim_ablation.py --data lc25000 --out ablation --share 0.4 --precision bf16 \\
     --task lung-3=lung_aca,lung_n,lung_scc --task colon-2=colon_aca,colon_n
 
 Every run has the same budget and, for a seed, the same order of tiles; the scores of a variant are those of its seeds
 together. What is done is kept: the same line again goes on where it was stopped. --only NAME, --seeds 1 and --no-report
-train a part of the runs, so that several processes or machines can share them. The table is OUT/report/report.md.
+train a part of the runs, so that several processes or machines can share them. --share 0.4 takes that share of the
+training groups, for the runs and for the probes. The table is OUT/report/report.md.
 """
 
 import argparse
+import csv
 import tempfile
 from itertools import product
 from pathlib import Path
 
+from ssmamba_models.data.labelled import MANIFEST, group_fraction, read_tiles
 from ssmamba_models.data.synthetic import write_synthetic_tiles
 from ssmamba_models.engine.pretrain import PretrainConfig, pretrain
 from ssmamba_models.evaluation.embedding import Embedding
@@ -24,36 +27,54 @@ from ssmamba_models.evaluation.tasks import parse_task
 
 ONE_SCALE = ((1,), (1,), (1,), (1,))
 
-# Name -> what differs from the first: (settings, method_args, view_args).
+# Name -> what differs from the first: (model_args, method_args, view_args, other settings).
 RUNS = {
-    "base": ({}, {}, {}),
-    "hold": ({}, {"masked_state": "hold"}, {}),
-    "no_alignment": ({}, {"cross_weight": 0.0}, {}),
-    "cosine_alignment": ({}, {"alignment": "cosine", "cross_weight": 0.1}, {}),
-    "no_color": ({}, {"color_weight": 0.0}, {}),
-    "mask_75": ({}, {}, {"mask_ratio": 0.75}),
-    "one_scale": ({"model_args": {"scales": ONE_SCALE}}, {}, {}),
-    "unit_init": ({"model_args": {"scan_init": "unit"}}, {}, {}),
-    "unit_init_hold": ({"model_args": {"scan_init": "unit"}}, {"masked_state": "hold"}, {}),
-    "unit_init_one_scale": ({"model_args": {"scan_init": "unit", "scales": ONE_SCALE}}, {}, {}),
-    "adamw": ({"optimizer": "adamw", "lr": 6e-4}, {}, {}),
+    "base": ({}, {}, {}, {}),
+    "hold": ({}, {"masked_state": "hold"}, {}, {}),
+    "no_alignment": ({}, {"cross_weight": 0.0}, {}, {}),
+    "cosine_alignment": ({}, {"alignment": "cosine", "cross_weight": 0.1}, {}, {}),
+    "no_color": ({}, {"color_weight": 0.0}, {}, {}),
+    "mask_75": ({}, {}, {"mask_ratio": 0.75}, {}),
+    "one_scale": ({"scales": ONE_SCALE}, {}, {}, {}),
+    "silent_init": ({"scan_init": "silent"}, {}, {}, {}),
+    "silent_init_hold": ({"scan_init": "silent"}, {"masked_state": "hold"}, {}, {}),
+    "adamw": ({}, {}, {}, {"optimizer": "adamw", "lr": 6e-4}),
 }
+# The recipe of the packaged weights, but for its length.
 LC25000 = {"model": "ssmamba_tiny", "img_size": 96, "batch_size": 64, "lr": 1.5e-3, "optimizer": "muon"}
 QUICK = {"model": "test_ssmamba", "img_size": 64, "batch_size": 12, "lr": 2e-3, "workers": 0, "epochs": 2}
 
 
 def config_of(name, seed, data, arguments):
-    settings, method_args, view_args = RUNS[name]
+    model_args, method_args, view_args, settings = RUNS[name]
     shared = QUICK if arguments.quick else {**LC25000, "epochs": arguments.epochs, "workers": 1}
     return PretrainConfig(
         data=str(data),
         seed=seed,
         drop_path_rate=0.0,
+        precision=arguments.precision,
         reconstruct_every=None,
+        model_args={"scan_init": "unit", **model_args},
         method_args={"cell_size": 16, **method_args},
         view_args=view_args,
         **{**shared, **settings},
     )
+
+
+def write_share(data, share, folder):
+    """A folder with a link to the tiles and a manifest.csv: a share of the training groups, all of the other splits."""
+    tiles = read_tiles(data)
+    train = tiles.select("train")
+    kept = set(train.subset(group_fraction(train, share)).paths)
+    rows = zip(tiles.paths, tiles.known_labels, tiles.groups or tiles.paths, tiles.splits)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "all").is_symlink():
+        (folder / "all").symlink_to(data.resolve(), target_is_directory=True)
+    with open(folder / MANIFEST, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "group", "split"])
+        writer.writerows((f"all/{row[0]}", *row[1:]) for row in rows if row[3] != "train" or row[0] in kept)
+    return folder
 
 
 def main():
@@ -61,6 +82,8 @@ def main():
     parser.add_argument("--data", type=Path, help="labelled tiles with a split train")
     parser.add_argument("--task", action="append", default=[], help="NAME=class,class,...; once for each")
     parser.add_argument("--epochs", type=int, default=1, help="of each run; default: %(default)s")
+    parser.add_argument("--share", type=float, default=1.0, help="of the training groups; default: %(default)s")
+    parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16; default: %(default)s")
     parser.add_argument("--only", action="append", choices=list(RUNS), help="this variant; once for each")
     parser.add_argument("--seeds", type=int, nargs="+", help="a run of each variant per seed; default: 0 1 2")
     parser.add_argument("--no-report", action="store_true", help="train alone")
@@ -76,6 +99,8 @@ def main():
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         data = arguments.data or write_synthetic_tiles(scratch, tiles_per_kind=16, size=96)
+        if arguments.share < 1:
+            data = write_share(data, arguments.share, arguments.out / "tiles")
         for seed, name in product(seeds, names):
             print(f"== {name}, seed {seed}", flush=True)
             run = pretrain(config_of(name, seed, data, arguments), arguments.out / f"{name}-{seed}", resume=True)
@@ -92,7 +117,7 @@ def main():
             arguments.out / "report",
             tasks=[parse_task(text) for text in arguments.task],
             settings=Settings(seeds=len(seeds), magnification=True),
-            embedding=Embedding(img_size=64 if arguments.quick else 96),
+            embedding=Embedding(img_size=64 if arguments.quick else 96, precision=arguments.precision),
             overwrite=True,
         )
     print((arguments.out / "report" / "report.md").read_text().split("### Comparisons")[0])
