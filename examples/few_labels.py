@@ -36,8 +36,6 @@ def config_of(data, fraction, init, seed, arguments):
         "lr": arguments.lr,
         "precision": arguments.precision,
         "init": init,
-        # Layer decay protects a pretrained encoder; a random one has nothing to protect, and would hardly learn.
-        "layer_decay": None if init == "none" else 0.65,
         "train_fraction": fraction,
         "seed": seed,
         "split_seed": 0,

@@ -32,8 +32,6 @@ def train(folder, arguments, out):
         epochs=arguments.epochs,
         batch_size=16,
         lr=2e-4,
-        # Layer decay protects a pretrained encoder; a random one has nothing to protect.
-        layer_decay=None if arguments.init == "none" else 0.65,
     )
     result = finetune(config, out)
     best = result.best

@@ -58,10 +58,10 @@ def command(
     \b
     Examples:
       ssmamba finetune --data tiles --model ssmamba_small --out run
+      ssmamba embed tiles --model ssmamba_small --checkpoint run --out f.h5
       ssmamba finetune --data tiles --init pretrained_run --train-fraction 0.1 \\
         --model ssmamba_tiny --out run
       ssmamba finetune --resume --out run
-      ssmamba embed tiles --checkpoint run --out features.h5
       accelerate launch --num_processes 4 -m ssmamba_models finetune \\
         --data tiles --out run
 

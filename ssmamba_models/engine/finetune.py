@@ -34,6 +34,9 @@ from ssmamba_models.engine.run_folder import open_run, without_lost_init
 from ssmamba_models.engine.run_log import RunLog
 from ssmamba_models.engine.validation import Predictions, Validation
 
+# Of weights that are loaded, after MAE's fine-tuning (arXiv:2111.06377, appendix A.1).
+LAYER_DECAY = 0.65
+
 
 @dataclass(frozen=True)
 class FinetuneResult:
@@ -228,10 +231,13 @@ def _create_validation(
 
 
 def _parameter_groups(config: FinetuneConfig, network: nn.Module) -> list[dict[str, Any]] | None:
-    if config.layer_decay is None:
+    decay = config.layer_decay
+    if decay is None:
+        decay = 1.0 if config.init == "none" else LAYER_DECAY
+    if decay == 1:
         return None
     return param_groups_layer_decay(
-        network, config.weight_decay, no_weight_decay_list=undecayed_names(network), layer_decay=config.layer_decay
+        network, config.weight_decay, no_weight_decay_list=undecayed_names(network), layer_decay=decay
     )
 
 

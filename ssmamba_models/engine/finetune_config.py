@@ -21,7 +21,8 @@ class FinetuneConfig(TrainConfig):
             share a part of the larger.
         balance: "loss" weights each tile's loss by the inverse frequency of its class, "sampler" draws all classes
             equally often (with replacement), "none" does neither.
-        layer_decay: factor on the learning rate from each layer to the one before it; None has no decay.
+        layer_decay: factor on the learning rate from each layer to the one before it; 1 has no decay. None: 0.65, or 1
+            where `init` is "none", since random layers have nothing to protect and much to learn.
         label_smoothing: share of the target that is spread over all classes.
         mixup, cutmix: alpha of timm's mixup and cutmix; 0 leaves it out.
         freeze_encoder: train the classifier layer alone.
@@ -46,7 +47,7 @@ class FinetuneConfig(TrainConfig):
     validate_every: int = 1
     train_fraction: float = 1.0
     balance: Literal["none", "loss", "sampler"] = "none"
-    layer_decay: float | None = 0.65
+    layer_decay: float | None = None
     label_smoothing: float = 0.1
     mixup: float = 0.0
     cutmix: float = 0.0

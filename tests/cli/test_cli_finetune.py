@@ -39,7 +39,7 @@ def test_a_run_folder_is_made(run):
         "weights.safetensors",
     ]
     settings = yaml.safe_load((run / "config.yaml").read_text())
-    assert (settings["classes"], settings["val_fraction"], settings["layer_decay"]) == (["glands", "solid"], 0.34, 0.65)
+    assert (settings["classes"], settings["val_fraction"], settings["mixup"]) == (["glands", "solid"], 0.34, 0.0)
     assert json.loads((run / "metrics.json").read_text())["classes"] == ["glands", "solid"]
 
 

@@ -413,6 +413,17 @@ class TestOptimisation:
         assert all(decay[id(spared[name])] == 0 for name in network.no_weight_decay())
         assert decay[id(network.head.fc.weight)] == 0.05
 
+    @pytest.mark.parametrize(
+        ("init", "asked", "decay"), [("run", None, 0.65), ("none", None, None), ("none", 0.5, 0.5)]
+    )
+    def test_random_layers_are_not_held_still(self, tiles, init, asked, decay):
+        config = config_of(tiles, init=init, layer_decay=asked)
+        groups = finetune_module._parameter_groups(config, timm.create_model("test_ssmamba", num_classes=3))
+        if decay is None:
+            assert groups is None
+        else:
+            assert sorted({group["lr_scale"] for group in groups})[-2] == pytest.approx(decay)
+
     def test_a_frozen_encoder_stays(self, trained, tiles, tmp_path):
         run_of(tiles, tmp_path / "run", init=str(trained[0]), freeze_encoder=True, epochs=1, layer_decay=0.65)
         before, after = (read_weights(run / "weights.safetensors")[0] for run in (trained[0], tmp_path / "run"))
