@@ -36,6 +36,7 @@ def config_of(data, fraction, init, seed, arguments):
         "lr": arguments.lr,
         "precision": arguments.precision,
         "init": init,
+        "layer_decay": arguments.layer_decay,
         "train_fraction": fraction,
         "seed": seed,
         "split_seed": 0,
@@ -76,6 +77,8 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=40, help="of each run; default: %(default)s")
     parser.add_argument("--lr", type=float, default=5e-4, help="default: %(default)s")
+    # For both: in so few steps a random network that learns at the full rate everywhere keeps to one answer.
+    parser.add_argument("--layer-decay", type=float, default=0.65, help="of both beginnings; default: %(default)s")
     parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16; default: %(default)s")
     parser.add_argument("--img-size", type=int, default=96, help="default: %(default)s")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the table")
