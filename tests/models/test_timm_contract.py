@@ -8,13 +8,8 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
-from timm.models import (
-    create_feature_extractor,
-    get_graph_node_names,
-    group_parameters,
-    load_checkpoint,
-    save_for_hf,
-)
+from model_cases import image, small
+from timm.models import group_parameters, load_checkpoint, save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 
@@ -24,16 +19,6 @@ MODELS = ("ssmamba_tiny", "ssmamba_small", "ssmamba_base", "test_ssmamba")
 DIMS = (16, 24, 32, 48)
 EVERY = pytest.mark.parametrize("name", MODELS)
 LIGHT = pytest.mark.parametrize("name", ["test_ssmamba", "ssmamba_tiny"])
-
-
-def small(seed: int = 0, **kwargs) -> torch.nn.Module:
-    """test_ssmamba with fixed random weights, in evaluation mode."""
-    torch.manual_seed(seed)
-    return timm.create_model("test_ssmamba", **kwargs).eval()
-
-
-def image(*size: int, chans: int = 3, batch: int = 2, seed: int = 0) -> torch.Tensor:
-    return torch.randn(batch, chans, *(size or (64, 64)), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -291,100 +276,6 @@ def test_pruning_may_keep_the_head():
     model = small(num_classes=5)
     model.prune_intermediate_layers([3], prune_head=False)
     assert model(image()).shape == (2, 5)
-
-
-# ---- graphs: torch.fx, TorchScript, compile, export ----
-
-
-def fx_extractor(model):
-    train_nodes, eval_nodes = get_graph_node_names(model)
-    assert train_nodes[-1] == eval_nodes[-1]
-    return create_feature_extractor(model, [eval_nodes[-1]]), eval_nodes[-1]
-
-
-def test_fx_forward_and_backward(model):
-    extractor, node = fx_extractor(deepcopy(model))
-    x = image()
-    with torch.no_grad():
-        torch.testing.assert_close(extractor.eval()(x)[node], model(x))
-    extractor.train()
-    y = next(iter(extractor(x).values()))
-    y.mean().backward()
-    assert all(p.grad is not None for p in extractor.parameters())
-
-
-def test_torchscript(model):
-    scripted = torch.jit.script(small(num_classes=42)).eval()
-    for size in ((64, 64), (33, 47)):
-        with torch.no_grad():
-            torch.testing.assert_close(scripted(image(*size)), model(image(*size)))
-
-
-def test_torchscript_in_float64():
-    network, x = small(num_classes=42).eval().double(), image().double()
-    torch.testing.assert_close(torch.jit.script(network)(x), network(x), rtol=1e-10, atol=1e-10)
-
-
-def test_torchscript_saved_and_loaded(model, tmp_path):
-    torch.jit.save(torch.jit.script(small(num_classes=42)), tmp_path / "model.pt")
-    with torch.no_grad():
-        torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(image()), model(image()))
-
-
-def test_torchscript_by_timms_argument(model):
-    with torch.no_grad():
-        torch.testing.assert_close(small(num_classes=42, scriptable=True)(image()), model(image()))
-
-
-def test_torchscript_of_the_fx_graph(model):
-    extractor, node = fx_extractor(deepcopy(model))
-    scripted = torch.jit.script(extractor.eval())
-    with torch.no_grad():
-        torch.testing.assert_close(scripted(image())[node], model(image()))
-
-
-def test_torchscript_of_features_only():
-    features = small(features_only=True)
-    scripted = torch.jit.script(small(features_only=True, scriptable=True))
-    with torch.no_grad():
-        for have, want in zip(scripted(image()), features(image())):
-            torch.testing.assert_close(have, want)
-
-
-def test_jit_trace(model):
-    with torch.no_grad():
-        traced = torch.jit.trace(model, image(), check_trace=False)
-        torch.testing.assert_close(traced(image(seed=3)), model(image(seed=3)))
-
-
-def test_compile_in_one_graph_with_backward():
-    torch._dynamo.reset()
-    grads = []
-    for compiled in (False, True):
-        model = small(num_classes=3).train()
-        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
-        y = run(image())
-        y.square().mean().backward()
-        grads.append([y.detach(), *(p.grad for p in model.parameters())])
-    for have, want in zip(*grads):
-        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_compile_in_one_graph_at_any_size(model):
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    with torch.no_grad():
-        for size in ((64, 64), (96, 65), (33, 47)):
-            torch.testing.assert_close(compiled(image(*size)), model(image(*size)), rtol=1e-4, atol=1e-5)
-
-
-def test_export(model, tmp_path):
-    program = torch.export.export(deepcopy(model), (image(),))
-    torch.export.save(program, tmp_path / "model.pt2")
-    with torch.no_grad():
-        loaded = torch.export.load(tmp_path / "model.pt2").module()
-        torch.testing.assert_close(loaded(image(seed=5)), model(image(seed=5)))
 
 
 # ---- training: groups, decay, checkpointing ----
