@@ -4,30 +4,24 @@ Each says so in a line, ends with 2, and leaves what was there to the byte, and 
 """
 
 import contextlib
-import ctypes
 import hashlib
-import os
 import shutil
-import signal
 import stat
-import sys
 
 import pytest
-import torch
+from fresh_process import run_command
 
 for package in ("accelerate", "tensorboard", "h5py", "openslide", "tifffile", "sklearn", "matplotlib", "torchmil"):
     pytest.importorskip(package, reason="the commands need all extras")
-resource = pytest.importorskip("resource", reason="the limit that stands for a full disk")
+pytest.importorskip("resource", reason="the limit that stands for a full disk")
 
 from ssmamba_models.benchmark.extract import write_synthetic_slide  # noqa: E402
-from ssmamba_models.cli.main import main  # noqa: E402
 from ssmamba_models.data.synthetic_slides import write_synthetic_slides  # noqa: E402
 from ssmamba_models.output import is_unfinished  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="the commands run in forks"),
 ]
 
 TRAIN = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu", "--quiet"]
@@ -46,7 +40,7 @@ def inputs(labelled_tiles, tmp_path_factory):
     slide_pretrain += ["--set", "method_args.hidden_dim=8", "--set", "method_args.out_dim=8"]
     pretrain = ["pretrain", "--data", str(labelled_tiles), *SMALL, *TRAIN]
     for arguments, name in ((slide_pretrain, "encoder"), (pretrain, "run")):
-        code, said = run_child([*arguments, "--out", str(folder / name)])
+        code, said = run_command([*arguments, "--out", str(folder / name)])
         assert code == 0, said
     labels = str(folder / "features" / "labels.csv")
     mil = ["mil", "train", "--features", features, "--labels", labels, "--aggregator", "abmil", "--folds", "2"]
@@ -75,55 +69,6 @@ COMMANDS = (
 # These go on in a folder that is there.
 GOING_ON = {"extract": [], "tile": [], "pretrain": ["--resume"], "finetune": ["--resume"], "mil train": ["--resume"]}
 GOING_ON |= {"slide-pretrain": ["--resume"]}
-
-
-def run_child(arguments, limit=None, may_write_all=True):
-    """Run a command in a fork: its exit code and what it printed.
-
-    Args:
-        arguments: of `ssmamba`.
-        limit: bytes that a file may have.
-        may_write_all: keep root's right to write where the folder's mode forbids it.
-    """
-    # A pipe, for a file would have its limit too.
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
-            os.dup2(write, 1)
-            os.dup2(write, 2)
-            # pytest's own stand elsewhere.
-            sys.stdout = sys.stderr = open(write, "w", buffering=1)  # noqa: SIM115 (the process ends soon)
-            torch.set_num_threads(1)
-            if not may_write_all:
-                drop_capabilities()
-            signal.alarm(200)  # a command that hangs ends, and with it the test
-            if limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            main(arguments)
-        except SystemExit as error:
-            code = error.code or 0
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    os.close(write)
-    with open(read, "rb") as pipe:
-        said = pipe.read().decode(errors="replace")
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status), said
-
-
-def drop_capabilities():
-    """Make root a user like any other: files that it may not write by their mode it cannot write."""
-    if os.geteuid() == 0:
-        libc = ctypes.CDLL(None, use_errno=True)
-        nothing = (ctypes.c_uint32 * 6)()
-        if libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), nothing):
-            raise OSError(ctypes.get_errno(), "capset")
 
 
 def place_of(command, folder):
@@ -162,7 +107,7 @@ def test_a_read_only_folder(inputs, tmp_path, command):
     folder = tmp_path / "locked"
     folder.mkdir()
     with read_only(folder):
-        code, said = run_child([*inputs[command], *place_of(command, folder)], may_write_all=False)
+        code, said = run_command([*inputs[command], *place_of(command, folder)], may_write_all=False)
     assert_refused(code, said)
     assert "locked" in said
     assert list(folder.iterdir()) == []
@@ -174,7 +119,7 @@ def test_a_full_disk(inputs, tmp_path, command, limit):
     folder = tmp_path / "disk"
     folder.mkdir()
     (folder / "mine").write_text("mine")
-    code, said = run_child([*inputs[command], *place_of(command, folder)], limit=limit)
+    code, said = run_command([*inputs[command], *place_of(command, folder)], limit=limit)
     # Some outputs are smaller than the larger limit.
     assert code in ((1, 2) if limit == 0 else (0, 1, 2)), said[-3000:]
     assert "Traceback" not in said
@@ -188,12 +133,12 @@ def test_a_full_disk(inputs, tmp_path, command, limit):
 def test_another_users_run(inputs, tmp_path, command):
     folder, place = tmp_path / "theirs", place_of(command, tmp_path / "theirs")
     folder.mkdir()
-    code, said = run_child([*inputs[command], *place])
+    code, said = run_command([*inputs[command], *place])
     assert code == 0, said[-3000:]
     before = digests(folder)
     log = folder / "out" / "log.jsonl"
     with read_only(folder):
-        code, said = run_child([*inputs[command], *GOING_ON[command], *place], may_write_all=False)
+        code, said = run_command([*inputs[command], *GOING_ON[command], *place], may_write_all=False)
     assert_refused(code, said)
     assert "theirs" in said
     assert digests(folder) == before
