@@ -11,6 +11,7 @@ training groups, for the runs and for the probes. The table is OUT/report/report
 """
 
 import argparse
+import contextlib
 import csv
 import tempfile
 from itertools import product
@@ -24,6 +25,7 @@ from ssmamba_models.evaluation.evaluate import evaluate
 from ssmamba_models.evaluation.model_choice import parse_models
 from ssmamba_models.evaluation.settings import Settings
 from ssmamba_models.evaluation.tasks import parse_task
+from ssmamba_models.output import whole_file
 
 ONE_SCALE = ((1,), (1,), (1,), (1,))
 
@@ -68,9 +70,10 @@ def write_share(data, share, folder):
     kept = set(train.subset(group_fraction(train, share)).paths)
     rows = zip(tiles.paths, tiles.known_labels, tiles.groups or tiles.paths, tiles.splits)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "all").is_symlink():
+    # Several processes may share the folder.
+    with contextlib.suppress(FileExistsError):
         (folder / "all").symlink_to(data.resolve(), target_is_directory=True)
-    with open(folder / MANIFEST, "w", encoding="utf-8", newline="") as file:
+    with whole_file(folder / MANIFEST, overwrite=True) as part, open(part, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "group", "split"])
         writer.writerows((f"all/{row[0]}", *row[1:]) for row in rows if row[3] != "train" or row[0] in kept)
