@@ -102,6 +102,25 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class CountTask(PrepareTask):
+    """Find a slide's tissue and tiles, and tell how many these are: those of thousands of slides fill the memory."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What became of a `CountTask`.
+
+    Attributes:
+        tiles: how many the slide has.
+        mpp, mpp_source: of level 0, and where that comes from.
+    """
+
+    tiles: int
+    mpp: float
+    mpp_source: str
+
+
+@dataclass(frozen=True)
 class ReadTask:
     """Read some tiles of a slide.
 
@@ -161,7 +180,7 @@ class Cuts:
 
 
 Task = PrepareTask | ReadTask | CutTask
-Answer = Prepared | Tiles | Cuts
+Answer = Prepared | Counted | Tiles | Cuts
 
 
 class Decoder:
@@ -179,7 +198,8 @@ class Decoder:
         """
         slide = self._open(task.slide)
         if isinstance(task, PrepareTask):
-            return _prepare(slide, task)
+            prepared = _prepare(slide, task)
+            return _count(prepared) if isinstance(task, CountTask) else prepared
         return _cut(slide, task) if isinstance(task, CutTask) else _read(slide, task)
 
     def _open(self, file: SlideFile) -> Slide:
@@ -219,6 +239,10 @@ def _prepare(slide: Slide, task: PrepareTask) -> Prepared:
         tissue_share=float(mask.mask.mean()),
         reader=slide.backend,
     )
+
+
+def _count(prepared: Prepared) -> Counted:
+    return Counted(len(prepared.coords), prepared.mpp, prepared.mpp_source)
 
 
 def _write_pictures(

@@ -13,7 +13,7 @@ import torch
 from ssmamba_models.engine.processes import default_workers
 from ssmamba_models.progress import progress_bar
 from ssmamba_models.wsi.decode_processes import Decoders
-from ssmamba_models.wsi.decoding import Prepared, PrepareTask
+from ssmamba_models.wsi.decoding import Counted, CountTask
 from ssmamba_models.wsi.errors import one_line
 from ssmamba_models.wsi.extract_plan import ExtractPlan
 from ssmamba_models.wsi.job import Job
@@ -94,13 +94,14 @@ def count_tiles(
     """What a job would do with each of its slides; nothing is written."""
     with Decoders(workers) as decoders:
         settled = {slide.name: _settled(slide, job, plan) for slide in slides}
-        waiting = [(slide, None if settled[slide.name] else _submit(decoders, slide, plan)) for slide in slides]
-        bar = progress_bar("count tiles", "slide", progress, items=waiting)
-        return [settled[slide.name] or _plan_slide(slide, future) for slide, future in bar]
+        waiting = {slide.name: _submit(decoders, slide, plan) for slide in slides if settled[slide.name] is None}
+        bar = progress_bar("count tiles", "slide", progress, items=slides)
+        # Each is let go of as soon as it is heard: with an error goes all that was read of the slide.
+        return [settled[slide.name] or _plan_slide(slide, waiting.pop(slide.name)) for slide in bar]
 
 
 def _submit(decoders: Decoders, slide: SlideFile, plan: TilingPlan) -> Future:
-    return decoders.submit(PrepareTask(slide, plan.mpp, plan.tile_size, plan.overlap, plan.min_tissue))
+    return decoders.submit(CountTask(slide, plan.mpp, plan.tile_size, plan.overlap, plan.min_tissue))
 
 
 def _settled(slide: SlideFile, job: JobFolder, plan: TilingPlan) -> PlannedSlide | None:
@@ -117,12 +118,12 @@ def _settled(slide: SlideFile, job: JobFolder, plan: TilingPlan) -> PlannedSlide
 
 def _plan_slide(slide: SlideFile, future: Future) -> PlannedSlide:
     try:
-        prepared: Prepared = future.result()
+        counted: Counted = future.result()
     # As in the job itself: whatever is wrong with a slide is a matter of that slide.
     except Exception as error:
         return PlannedSlide(slide.name, FAILED, reason=one_line(error))
-    status = PENDING if len(prepared.coords) else NO_TISSUE
-    return PlannedSlide(slide.name, status, len(prepared.coords), prepared.mpp, prepared.mpp_source)
+    status = PENDING if counted.tiles else NO_TISSUE
+    return PlannedSlide(slide.name, status, counted.tiles, counted.mpp, counted.mpp_source)
 
 
 def measure_speed(encoder: TileEncoder, batch_size: int, seconds: float = _SECONDS) -> float:

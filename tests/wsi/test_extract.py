@@ -26,7 +26,6 @@ from ssmamba_models.locks import Locks
 from ssmamba_models.wsi import local_engine, turns
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.decoding import Decoder, ReadTask
-from ssmamba_models.wsi.dry_run import dry_run
 from ssmamba_models.wsi.extract_plan import ExtractPlan
 from ssmamba_models.wsi.reader import open_slide
 from ssmamba_models.wsi.status import read_summary
@@ -502,22 +501,3 @@ class TestTwoProcesses:
         assert (result.done, result.unfinished) == ([], ["a"])
         assert list(out.rglob("*.h5")) == []
         taken[0].release()
-
-
-class TestDryRun:
-    def test_counts_what_is_to_do_and_writes_nothing(self, slides, whole, tmp_path):
-        run = dry_run(slides, tmp_path / "job", ExtractPlan(**TINY), progress=False)
-        rows = read_summary(whole / "summary.csv")
-        assert {slide.name: str(slide.tiles) for slide in run.slides} == {
-            name: row["tiles"] for name, row in rows.items()
-        }
-        assert run.tiles == sum(slide.tiles for slide in run.slides)
-        assert run.seconds == pytest.approx(run.tiles / run.tiles_per_second)
-        assert not (tmp_path / "job").exists()
-
-    def test_of_a_job_that_is_done(self, slides, whole):
-        before = digests(whole, ("*",))
-        run = dry_run(slides, whole, ExtractPlan(**TINY), progress=False)
-        assert [slide.status for slide in run.slides] == ["done"] * 3
-        assert run.tiles == run.seconds == 0
-        assert digests(whole, ("*",)) == before
