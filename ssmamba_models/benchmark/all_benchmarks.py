@@ -19,6 +19,7 @@ from ssmamba_models.benchmark.timing import thread_count
 from ssmamba_models.benchmark.train import TrainPlan, format_train, run_train
 from ssmamba_models.engine.process_memory import keep_large_blocks
 from ssmamba_models.evaluation.markdown_table import markdown_table
+from ssmamba_models.notice import one_line
 
 Progress = Callable[[str], None]
 
@@ -158,7 +159,7 @@ def _measure(part: Part, progress: Progress) -> dict:
     try:
         return part.measure(part.plan, progress)
     except (ImportError, OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         progress(f"{part.title}: not measured: {reason}")
         return {"reason": reason}
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ssmamba_models.data.folder_walk import walk_folder
+from ssmamba_models.notice import one_line
 
 # Rows per HDF5 chunk: large enough to read fast, small enough that a file of ten tiles stays small.
 CHUNK_ROWS = 256
@@ -89,8 +90,7 @@ def damage_named(path: str | os.PathLike, cure: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and os.fspath(path) in str(error):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{name} is damaged ({reason}); {cure}") from error
+        raise ValueError(f"{name} is damaged ({one_line(error)}); {cure}") from error
 
 
 def plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Sampler, default_collate
 
 from ssmamba_models.data.labelled import LabelledTiles
 from ssmamba_models.data.tiles import read_tile
+from ssmamba_models.notice import one_line
 
 
 def mixed_seed(*parts: int) -> int:
@@ -193,7 +194,7 @@ class SeededData(Dataset):
                 views = self.views(index, mixed_seed(self.seed, epoch, index, *again))
             # MemoryError, OverflowError: what resizing raises for a shape that no memory holds.
             except (OSError, ValueError, MemoryError, OverflowError) as error:
-                unreadable.append((index, " ".join(str(error).split()) or type(error).__name__))
+                unreadable.append((index, one_line(error)))
                 continue
             return SeededItem(views, index, tuple(unreadable))
         # Not raised here: what leaves a worker process as an exception arrives wrapped in a traceback.

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from ssmamba_models.data.rgb import to_rgb
+from ssmamba_models.notice import one_line
 
 TILE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
 
@@ -163,7 +164,7 @@ class TileDataset(torch.utils.data.Dataset):
         # Other exceptions are faults of the transform, not of the tile, and must be seen.
         except (OSError, ValueError, MemoryError, OverflowError) as error:
             width, height = image.size
-            return Tile(index, None, f"an image of {width} x {height} px cannot be transformed ({_one_line(error)})")
+            return Tile(index, None, f"an image of {width} x {height} px cannot be transformed ({one_line(error)})")
 
 
 def read_tile(path: str | os.PathLike) -> Image.Image:
@@ -192,20 +193,16 @@ def read_tile(path: str | os.PathLike) -> Image.Image:
     except OSError as error:
         if error.errno is not None:
             raise
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(one_line(error)) from error
     # Broken files make Pillow's decoders raise SyntaxError, struct.error, EOFError, IndexError and others.
     except Exception as error:
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(one_line(error)) from error
 
 
 def _not_an_image(path: str | os.PathLike) -> str:
     if os.path.getsize(path) == 0:
         return "the file is empty"
     return "not an image that Pillow can read (corrupt header, or a format it does not know)"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def collate_tiles(items: list[Tile]) -> TileBatch:

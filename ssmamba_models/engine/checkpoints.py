@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import nn
 
 from ssmamba_models.engine.short_memory import out_of_memory
-from ssmamba_models.notice import first_line
+from ssmamba_models.notice import first_line, one_line
 from ssmamba_models.output import remove_unfinished, set_usual_mode, whole_file
 
 # What keeps a whole file from being read.
@@ -154,7 +154,7 @@ def explained_writing(path: Path, size: int) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(path.parent).free
         raise OSError(
-            f"cannot write {str(path)!r} ({' '.join(str(error).split())[:200]}): it needs about {size / 1e6:.0f} MB, "
+            f"cannot write {str(path)!r} ({one_line(error)[:200]}): it needs about {size / 1e6:.0f} MB, "
             f"{free / 1e6:.0f} MB are free; what was written before is whole: make room, then go on with --resume"
         ) from error
 

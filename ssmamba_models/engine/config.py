@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from ssmamba_models.notice import one_line
 from ssmamba_models.output import whole_file
 
 
@@ -238,7 +239,7 @@ def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         _check_size(values)
     # PyYAML raises much else than YAMLError: of "2001-99-99", "[[[[..." or "!!timestamp x".
     except Exception as error:
-        raise ValueError(f"the configuration {str(file)!r} is not YAML ({' '.join(str(error).split())})") from error
+        raise ValueError(f"the configuration {str(file)!r} is not YAML ({one_line(error)})") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

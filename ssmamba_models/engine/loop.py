@@ -26,6 +26,7 @@ from ssmamba_models.engine.processes import StopSignals, default_workers, ignore
 from ssmamba_models.engine.rng import restore_rng, rng_state, seed_everything
 from ssmamba_models.engine.run_log import RunLog
 from ssmamba_models.engine.train_config import LoopConfig
+from ssmamba_models.notice import one_line
 
 
 @dataclass
@@ -381,7 +382,7 @@ class Trainer:
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(
                 f"the checkpoint {str(newest)!r} was written by another version of this package or of timm "
-                f"({' '.join(str(error).split())[:200]}); go on with that version, or begin another run with another "
+                f"({one_line(error)[:200]}); go on with that version, or begin another run with another "
                 "--out"
             ) from error
         self.state = Progress(state["step"], state["seconds"], state["sums"], state["unreadable"])

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ssmamba_models.engine.checkpoints import plain_state, save_weights
+from ssmamba_models.notice import one_line
 from ssmamba_models.slide.aggregators import create_aggregator
 
 WEIGHTS = "weights.safetensors"
@@ -84,7 +85,7 @@ def load_mil_model(path: str | os.PathLike, device: torch.device | str = "cpu") 
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise ValueError(f"the weights in {str(file)!r} do not fit {facts['aggregator']!r} ({reason})") from error
     return MilModel(model.to(device).eval(), facts["aggregator"], classes, facts["provenance"])
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ssmamba_models.engine.weights import RUN_WEIGHTS
 from ssmamba_models.models.published import WEIGHTS
+from ssmamba_models.notice import one_line
 
 # Of the machine that trained, and nothing that the weights depend on.
 _LOCAL = frozenset({"device", "workers", "log_every", "cache_gb"})
@@ -82,7 +83,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = yaml.safe_load(text.decode("utf-8"))
     # PyYAML raises much else than YAMLError: of "2001-99-99", "[[[[..." or "!!timestamp x".
     except Exception as error:
-        raise ValueError(f"the run's {str(path)!r} is not YAML ({' '.join(str(error).split())})") from error
+        raise ValueError(f"the run's {str(path)!r} is not YAML ({one_line(error)})") from error
     config = config if isinstance(config, dict) else {}
     return {key: _last_part(key, value) for key, value in config.items() if key not in _LOCAL}
 

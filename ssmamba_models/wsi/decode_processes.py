@@ -17,8 +17,8 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO
 
+from ssmamba_models.notice import one_line
 from ssmamba_models.wsi.decoding import Answer, Decoder, Task
-from ssmamba_models.wsi.errors import one_line
 
 # How often a task is tried whose process dies under it: what kills one (memory, mostly) may have passed.
 _TRIES = 2

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ssmamba_models.notice import one_line
 from ssmamba_models.wsi.contours import Contour, contours_geojson, tissue_contours, write_geojson
 from ssmamba_models.wsi.drawing import draw_thumbnail, write_thumbnail
 from ssmamba_models.wsi.errors import TileError
@@ -36,7 +37,7 @@ class OutputError(OSError):
     @classmethod
     def of(cls, error: BaseException, path: str | os.PathLike) -> OutputError:
         """Say of an error in writing what it means for the job."""
-        number, text = getattr(error, "errno", None), " ".join(str(error).split())
+        number, text = getattr(error, "errno", None), one_line(error)
         # HDF5 tells the number in its message only.
         full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "quota exceeded" in text
         cure = "make room" if full else "see that it can be written"

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from ssmamba_models.engine.processes import default_workers
+from ssmamba_models.notice import one_line
 from ssmamba_models.progress import progress_bar
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.decoding import Counted, CountTask
-from ssmamba_models.wsi.errors import one_line
 from ssmamba_models.wsi.extract_plan import ExtractPlan
 from ssmamba_models.wsi.job import Job
 from ssmamba_models.wsi.job_folder import JobFolder, check_root

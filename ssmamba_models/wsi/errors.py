@@ -42,8 +42,3 @@ class TileError(ValueError):
 
     def __str__(self) -> str:
         return f"the region at level-0 pixel ({self.x:g}, {self.y:g}) cannot be read: {self.reason}"
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's text without line breaks; its type's name where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -15,9 +15,10 @@ import numpy as np
 
 from ssmamba_models.data.tile_geometry import ORIGIN, level0_side
 from ssmamba_models.locks import Lock
+from ssmamba_models.notice import one_line
 from ssmamba_models.wsi.decode_processes import DecoderDied
 from ssmamba_models.wsi.decoding import OutputError, Prepared
-from ssmamba_models.wsi.errors import SlideError, TileError, one_line
+from ssmamba_models.wsi.errors import SlideError, TileError
 from ssmamba_models.wsi.job_folder import JobFolder
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.status import DONE, ELSEWHERE, FAILED, NO_TISSUE

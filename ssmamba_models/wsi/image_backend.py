@@ -8,8 +8,9 @@ import warnings
 from PIL import Image, UnidentifiedImageError
 
 from ssmamba_models.data.rgb import to_rgb
+from ssmamba_models.notice import one_line
 from ssmamba_models.wsi.backend import crop_white, whole_count, whole_start
-from ssmamba_models.wsi.errors import NotASlideError, TruncatedSlideError, UnsupportedSlideError, one_line
+from ssmamba_models.wsi.errors import NotASlideError, TruncatedSlideError, UnsupportedSlideError
 from ssmamba_models.wsi.mpp import PixelSize, pixel_size_from_resolution
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")

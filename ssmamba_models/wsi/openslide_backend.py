@@ -10,8 +10,9 @@ from typing import Any
 
 from PIL import Image
 
+from ssmamba_models.notice import one_line
 from ssmamba_models.wsi.backend import BACKGROUND, whole_count, whole_start
-from ssmamba_models.wsi.errors import NotASlideError, TileError, one_line
+from ssmamba_models.wsi.errors import NotASlideError, TileError
 from ssmamba_models.wsi.mpp import PixelSize, pixel_size_from_resolution
 
 _UNITS = {"inch": 2, "centimeter": 3}

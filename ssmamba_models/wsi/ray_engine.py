@@ -17,10 +17,9 @@ from types import ModuleType
 from typing import Any
 
 from ssmamba_models.locks import STALE
-from ssmamba_models.notice import SSMambaWarning
+from ssmamba_models.notice import SSMambaWarning, one_line
 from ssmamba_models.wsi.claims import Claims
 from ssmamba_models.wsi.decode_processes import Decoders
-from ssmamba_models.wsi.errors import one_line
 from ssmamba_models.wsi.extract_plan import ExtractPlan
 from ssmamba_models.wsi.held_slide import Outcome, Outcomes
 from ssmamba_models.wsi.job import Job

@@ -10,8 +10,8 @@ import numpy as np
 
 from ssmamba_models.data.features import SlideFeatureWriter, write_slide_features
 from ssmamba_models.locks import Lock
+from ssmamba_models.notice import one_line
 from ssmamba_models.wsi.decoding import OutputError
-from ssmamba_models.wsi.errors import one_line
 from ssmamba_models.wsi.held_slide import HeldSlide
 from ssmamba_models.wsi.job import Job
 from ssmamba_models.wsi.shared_aug import BagRows, Part, SharedAug

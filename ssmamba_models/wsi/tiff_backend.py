@@ -12,8 +12,9 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
+from ssmamba_models.notice import one_line
 from ssmamba_models.wsi.backend import BACKGROUND, whole_count, whole_start
-from ssmamba_models.wsi.errors import NotASlideError, TileError, UnsupportedSlideError, one_line
+from ssmamba_models.wsi.errors import NotASlideError, TileError, UnsupportedSlideError
 from ssmamba_models.wsi.tiff_layout import (
     Plane,
     TiffLevel,
