@@ -48,7 +48,7 @@ def load_config(
             its range; the message names it.
         ImportError: PyYAML is missing.
     """
-    values = {} if path is None else _read_yaml(path)
+    values = {} if path is None else _read_mapping(Path(path))
     known = {field.name for field in dataclasses.fields(cls)}
     for key, value in (overrides or {}).items():
         _override(values, key, value)
@@ -74,6 +74,30 @@ def save_config(config: Any, path: str | os.PathLike) -> None:
 def config_values(config: Any) -> dict[str, Any]:
     """The keys and values of a config in YAML's own types (tuples become lists)."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def read_yaml(path: str | os.PathLike, what: str) -> Any:
+    """Read a YAML file.
+
+    Args:
+        path: the file.
+        what: what it is, for messages.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no YAML, or refers to itself, or has more values than a person could read.
+        ImportError: PyYAML is missing.
+    """
+    yaml = _yaml()
+    text = Path(path).read_bytes()
+    try:
+        values = yaml.safe_load(text.decode("utf-8"))
+        # Such values can be neither compared nor saved.
+        _check_size(values)
+    # PyYAML raises much else than YAMLError: of "2001-99-99", "[[[[..." or "!!timestamp x".
+    except Exception as error:
+        raise ValueError(f"{what} {os.fspath(path)!r} is not YAML ({one_line(error)})") from error
+    return values
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -227,19 +251,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
-    yaml = _yaml()
-    file = Path(path)
+def _read_mapping(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"the configuration {str(file)!r} does not exist (or is a folder)")
-    text = file.read_bytes()
-    try:
-        values = yaml.safe_load(text.decode("utf-8"))
-        # What refers to itself, or is a page when it is written out, can be neither compared nor saved.
-        _check_size(values)
-    # PyYAML raises much else than YAMLError: of "2001-99-99", "[[[[..." or "!!timestamp x".
-    except Exception as error:
-        raise ValueError(f"the configuration {str(file)!r} is not YAML ({one_line(error)})") from error
+    values = read_yaml(file, "the configuration")
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ssmamba_models.engine.config import read_yaml
 from ssmamba_models.engine.weights import RUN_WEIGHTS
 from ssmamba_models.models.published import WEIGHTS
-from ssmamba_models.notice import one_line
 
 # Of the machine that trained, and nothing that the weights depend on.
 _LOCAL = frozenset({"device", "workers", "log_every", "cache_gb"})
@@ -45,8 +45,9 @@ def read_run(weights: Path) -> RunRecord:
         weights: the file that `find_weights` gave, or model.safetensors of a slide encoder's run.
 
     Raises:
-        ValueError: config.yaml is not YAML.
+        ValueError: config.yaml is not YAML, or has more values than a person could read.
         OSError: a file that is there cannot be read.
+        ImportError: PyYAML is missing.
     """
     if weights.name not in (RUN_WEIGHTS, WEIGHTS):
         return RunRecord()
@@ -74,17 +75,10 @@ def _numeric(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    import yaml
-
     if not path.is_file():
         return {}
-    text = path.read_bytes()
-    try:
-        config = yaml.safe_load(text.decode("utf-8"))
-    # PyYAML raises much else than YAMLError: of "2001-99-99", "[[[[..." or "!!timestamp x".
-    except Exception as error:
-        raise ValueError(f"the run's {str(path)!r} is not YAML ({one_line(error)})") from error
-    config = config if isinstance(config, dict) else {}
+    values = read_yaml(path, "the run's")
+    config = values if isinstance(values, dict) else {}
     return {key: _last_part(key, value) for key, value in config.items() if key not in _LOCAL}
 
 

@@ -105,8 +105,17 @@ def test_a_config_that_the_machine_does_not_read_is_not_called_damaged(tmp_path,
         read_run(run / "weights.safetensors")
 
 
-def test_a_config_that_is_no_yaml_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: [", ""),
+        ("a: &a [*a]", r".*refers to itself"),
+        # Each list is twice the one before.
+        ("- &a0 [1]\n" + "".join(f"- &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)), r".*100000 values"),
+    ],
+)
+def test_a_config_that_is_no_yaml_is_named(tmp_path, text, reason):
     run = write_run(tmp_path / "run")
-    (run / "config.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match=r"config\.yaml' is not YAML"):
+    (run / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"the run's .*config\.yaml' is not YAML{reason}"):
         read_run(run / "weights.safetensors")
