@@ -26,7 +26,7 @@ from ssmamba_models.benchmark.ops import DTYPES as OP_DTYPES
 from ssmamba_models.benchmark.ops import OpsPlan, format_ops, run_ops
 from ssmamba_models.benchmark.sgcl import SgclBenchmark, format_sgcl, run_sgcl
 from ssmamba_models.benchmark.train import DEFAULT_PEER, TrainPlan, format_train, run_train
-from ssmamba_models.cli.options import check_json, json_option, write_results
+from ssmamba_models.cli.options import add_options, check_json, json_option, write_results
 from ssmamba_models.engine.process_memory import keep_large_blocks
 from ssmamba_models.output import check_output, whole_file
 from ssmamba_models.ssl.propagation import KMEANS
@@ -48,17 +48,17 @@ def command(ctx: click.Context) -> None:
         keep_large_blocks()  # as the commands do whose work is measured
 
 
+_COMMON = (
+    click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to run."),
+    click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]"),
+    click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Samples each."),
+    json_option,
+)
+
+
 def _common_options(function: Callable) -> Callable:
     """What all benchmarks are told about where and how long to run."""
-    options: list[Callable] = [
-        click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to run."),
-        click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]"),
-        click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Samples each."),
-        json_option,
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+    return add_options(_COMMON, function)
 
 
 @command.command("ops")
