@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 
 
 def walk_folder(
-    root: str | os.PathLike, skip: Callable[[Path, list[str]], bool] | None = None
+    root: str | os.PathLike, skip: Callable[[Path, Set[str]], bool] | None = None
 ) -> Iterator[tuple[Path, list[str]]]:
     """List a folder and those in it, at any depth.
 
@@ -17,7 +17,7 @@ def walk_folder(
 
     Args:
         root: the folder.
-        skip: told a folder and the names of its files, says whether it is left out, and all in it.
+        skip: told a folder and the names of the files and folders in it, says whether it is left out, and all in it.
 
     Yields:
         A folder, and the names of its files, sorted.
@@ -35,7 +35,7 @@ def walk_folder(
             continue
         seen.add(place)
         inner, files = _list(folder)
-        if skip is not None and skip(folder, files):
+        if skip is not None and skip(folder, {*files, *(entry.name for entry in inner)}):
             continue
         yield folder, files
         for entry in reversed(inner):

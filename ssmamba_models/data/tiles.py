@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from ssmamba_models.data.folder_walk import walk_folder
 from ssmamba_models.data.rgb import to_rgb
 from ssmamba_models.notice import one_line
 
@@ -45,10 +46,10 @@ def find_tiles(folder: str | os.PathLike) -> TileFolder:
     """Find the tiles in a folder, at any depth.
 
     A tile is a png, jpg, jpeg, tif, tiff, bmp or webp file (in upper or lower case). Hidden files and folders
-    are skipped, and so are the runs, reports and extraction jobs that this package wrote below `folder`; links to
-    folders are followed. Where *every* tile lies in a folder of its own class directly
-    under `folder` (`folder/tumour/a.png`, `folder/tumour/case1/b.png`), that folder's name is its label;
-    a single tile beside the class folders means that the folder names no classes.
+    are skipped, and so are the runs, reports and extraction jobs that this package wrote below `folder`. Links to
+    folders are followed, each folder being listed once, by its own name rather than a link's. Where *every* tile lies
+    in a folder of its own class directly under `folder` (`folder/tumour/a.png`, `folder/tumour/case1/b.png`), that
+    folder's name is its label; a single tile beside the class folders means that the folder names no classes.
 
     Args:
         folder: the folder to look in.
@@ -67,7 +68,7 @@ def find_tiles(folder: str | os.PathLike) -> TileFolder:
         raise FileNotFoundError(f"the folder of tiles {str(root)!r} does not exist; check its spelling")
     if not root.is_dir():
         raise NotADirectoryError(f"{str(root)!r} is a file; give the folder that holds the tiles")
-    paths = tuple(sorted(_walk(root, "", (root.resolve(),))))
+    paths = tuple(sorted(_tile_paths(root)))
     if not paths:
         raise ValueError(
             f"no tile found in {str(root)!r} or below; looked for {', '.join(sorted(TILE_SUFFIXES))} "
@@ -76,20 +77,15 @@ def find_tiles(folder: str | os.PathLike) -> TileFolder:
     return TileFolder(root, paths, _class_labels(paths))
 
 
-def _walk(root: Path, relative: str, ancestors: tuple[Path, ...]) -> Iterator[str]:
-    with os.scandir(root / relative) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
-    names = {entry.name for entry in visible}
-    if relative and any(written <= names for written in _WRITTEN):
-        return
-    for entry in visible:
-        if entry.is_dir():
-            target = Path(entry.path).resolve()
-            # A link to a folder that encloses it would be walked for ever.
-            if target not in ancestors:
-                yield from _walk(root, f"{relative}{entry.name}/", (*ancestors, target))
-        elif os.path.splitext(entry.name)[1].lower() in TILE_SUFFIXES:
-            yield f"{relative}{entry.name}"
+def _tile_paths(root: Path) -> Iterator[str]:
+    def is_written(folder: Path, names: Set[str]) -> bool:
+        return folder != root and any(written <= names for written in _WRITTEN)
+
+    for folder, names in walk_folder(root, skip=is_written):
+        prefix = "/".join((*folder.relative_to(root).parts, ""))
+        for name in names:
+            if os.path.splitext(name)[1].lower() in TILE_SUFFIXES:
+                yield prefix + name
 
 
 def _class_labels(paths: tuple[str, ...]) -> tuple[str, ...] | None:

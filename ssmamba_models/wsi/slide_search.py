@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Set
 from pathlib import Path
 
 from ssmamba_models.data.folder_walk import walk_folder
@@ -49,7 +49,7 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _is_job(folder: Path, names: list[str]) -> bool:
+def _is_job(folder: Path, names: Set[str]) -> bool:
     if "config.yaml" not in names:
         return False
     try:

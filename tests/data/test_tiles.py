@@ -82,6 +82,32 @@ class TestFindTiles:
         (root / "circle").symlink_to(root)
         assert find_tiles(root).paths == ("class/a.png",)
 
+    def test_links_give_no_tile_twice(self, tmp_path):
+        save(tmp_path / "elsewhere" / "a.png")
+        root = tmp_path / "root"
+        for name in ("tumour/case1/b.png", "normal/c.png"):
+            save(root / name)
+        (root / "again").symlink_to(root / "tumour")
+        (root / "stroma").symlink_to(tmp_path / "elsewhere")
+        (root / "stroma2").symlink_to(tmp_path / "elsewhere")
+        found = find_tiles(root)
+        assert found.paths == ("normal/c.png", "stroma/a.png", "tumour/case1/b.png")
+        assert found.labels == ("normal", "stroma", "tumour")
+
+    def test_a_folder_that_cannot_be_listed(self, tmp_path, monkeypatch):
+        for name in ("mine/a.png", "theirs/b.png"):
+            save(tmp_path / name)
+        scandir = os.scandir
+
+        def refuse(path):
+            if os.fspath(path).endswith("theirs"):
+                raise PermissionError(13, "Permission denied", os.fspath(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        with pytest.raises(OSError, match=r"theirs' cannot be searched \(Permission denied\); have it made readable"):
+            find_tiles(tmp_path)
+
     def test_missing_folder(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"nowhere.*does not exist"):
             find_tiles(tmp_path / "nowhere")
