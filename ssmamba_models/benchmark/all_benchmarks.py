@@ -23,6 +23,9 @@ from ssmamba_models.notice import one_line
 
 Progress = Callable[[str], None]
 
+# The first line of the page, by which a report of something else is known.
+TITLE = "# Benchmarks"
+
 
 @dataclass(frozen=True)
 class AllPlan:
@@ -213,7 +216,7 @@ def markdown_all(report: dict) -> str:
     command = f"ssmamba benchmark all{' --quick' if settings['quick'] else ''}{device}{threads}"
     warning = "Tiny models on small inputs: the numbers show that all runs, and nothing else.\n\n"
     lines = [
-        "# Benchmarks\n",
+        f"{TITLE}\n",
         f"`{command}`, {report['seconds'] / 60:.1f} minutes, {machine['date']}\n",
         f"{machine_line(machine)}; {machine['cores']} cores, Python {machine['python']}, {machine['system']}, "
         f"ssmamba_models {machine['ssmamba_models']}\n",

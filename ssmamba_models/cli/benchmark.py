@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ssmamba_models.benchmark.all_benchmarks import AllPlan, markdown_all, run_all
+from ssmamba_models.benchmark.all_benchmarks import TITLE, AllPlan, markdown_all, run_all
 from ssmamba_models.benchmark.extract import ExtractBenchmark, format_extract, run_extract
 from ssmamba_models.benchmark.models import (
     ALLOCATORS,
@@ -283,7 +283,7 @@ def everything(json_path: Path | None, out: Path | None, **options: Any) -> None
 
     Exit code: 0 measured, 2 bad input.
     """
-    page = None if out is None else check_output(out / "report.md", overwrite=True)
+    page = None if out is None else _check_page(out / "report.md")
     check_json(json_path)
     report = run_all(AllPlan(**options), progress=lambda line: click.echo(line, err=True))
     text = markdown_all(report)
@@ -292,6 +292,13 @@ def everything(json_path: Path | None, out: Path | None, **options: Any) -> None
             part.write_text(text, encoding="utf-8")
     if not write_results(json_path, report):
         click.echo(text)
+
+
+def _check_page(page: Path) -> Path:
+    # Reports of `ssmamba evaluate` and others have the same name.
+    if check_output(page, overwrite=True).is_file() and not page.read_bytes().startswith(TITLE.encode()):
+        raise FileExistsError(f"{str(page)!r} exists and is no report of `ssmamba benchmark`; give another --out")
+    return page
 
 
 def _run(measure: Callable, plan: object, show: Callable[[dict], str], json_path: Path | None) -> None:

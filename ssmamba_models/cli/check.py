@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ssmamba_models.cli.options import check_json, is_stdout, json_option, write_results
+from ssmamba_models.cli.options import check_json, is_stdout, json_option, printable, write_results
 from ssmamba_models.data.feature_check import FileReport, check_feature_files
 from ssmamba_models.data.hdf5 import hdf5_files
 
@@ -38,7 +38,7 @@ def command(ctx: click.Context, paths: tuple[Path, ...], json_path: Path | None,
     for report in check_feature_files(files):
         reports.append(report)
         if (report.problems or not quiet) and not is_stdout(json_path):
-            click.echo(_line(report))
+            click.echo(printable(_line(report)))
     bad = sum(bool(report.problems) for report in reports)
     write_results(json_path, {"files": [_entry(report) for report in reports], "bad": bad})
     if bad:

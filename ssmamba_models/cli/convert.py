@@ -41,7 +41,7 @@ def command(
       ssmamba convert job --from ssmamba --to clam --out clam
       ssmamba convert job --from trident --to ssmamba --out ours --mpp-csv mpp.csv
       ssmamba convert clam --from clam --to ssmamba --out features \\
-        --coords clam/patches --level0-mpp 0.25 --overlap 0 --model uni_v1
+        --coords clam/patches --mpp-override 0.25 --overlap 0 --model uni_v1
 
     Exit code: 0 all files converted, 1 some could not be (each is listed), 2 bad input.
     """

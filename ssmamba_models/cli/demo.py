@@ -63,7 +63,7 @@ def command(
 
     Exit code: 0 drawn, 2 bad input.
     """
-    _check_picture(out)
+    _check_picture(out, image)
     source = _read(image) if image else synthetic_he(img_size, seed=18)
     if pretrained is None:
         pretrained = checkpoint is None and _packaged(model)
@@ -90,10 +90,11 @@ def _packaged(model: str) -> bool:
     return config is not None and bool(config.file)
 
 
-def _check_picture(out: str) -> None:
+def _check_picture(out: str, image: str | None) -> None:
     if Path(out).suffix.lower() not in _SUFFIXES:
         raise ValueError(f"the picture {out!r} needs a suffix that names its format: {_FORMATS}")
-    check_output(out, overwrite=True)
+    if check_output(out, overwrite=True).exists() and image and Path(image).exists() and Path(out).samefile(image):
+        raise ValueError(f"the picture {out!r} would replace the image itself; give another --out")
 
 
 def _read(path: str) -> Image.Image:

@@ -13,6 +13,7 @@ from ssmamba_models._version import __version__
 from ssmamba_models.cli.warn import plain_warnings
 from ssmamba_models.engine.process_memory import keep_large_blocks
 from ssmamba_models.notice import first_line
+from ssmamba_models.stopping import stopped_in_order
 
 # Name -> (module under ssmamba_models.cli, one line of help). A module is imported only when its command runs: what one
 # command lacks is no obstacle to the others.
@@ -79,7 +80,8 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with plain_warnings():
+            # A training takes the signal itself: it ends at its next step, with a checkpoint.
+            with plain_warnings(), stopped_in_order():
                 return super().invoke(ctx)
         except USER_ERRORS as error:
             if isinstance(error, BrokenPipeError) and _nobody_reads():

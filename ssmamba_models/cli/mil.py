@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ssmamba_models.cli.options import precision_option
 from ssmamba_models.cli.runs import read_config
 from ssmamba_models.engine.mil_config import MilConfig
 from ssmamba_models.slide.aggregators import list_aggregators
@@ -20,14 +21,14 @@ def command() -> None:
 
     \b
     Examples:
-      ssmamba mil train --features job/features --labels labels.csv --out run
-      ssmamba mil predict run --features new/features --out predictions.csv
-      ssmamba mil heatmap run --features new/features/a.h5 --out maps
+      ssmamba mil train --features features --labels labels.csv --out run
+      ssmamba mil predict run --features new --out predictions.csv
+      ssmamba mil heatmap run --features new/a.h5 --out maps
     """
 
 
 @command.command()
-@click.option("--features", type=click.Path(), help="Folder of feature files, one per slide.")
+@click.option("--features", type=click.Path(), help="Folder of feature files: a job's features_MODEL.")
 @click.option("--labels", type=click.Path(), help="CSV: slide, label, and if you have them patient and split.")
 @click.option("--out", required=True, type=click.Path(), help="Run folder to write.")
 @click.option("--config", "config_file", type=click.Path(), help="YAML of settings, such as another run's config.yaml.")
@@ -69,11 +70,11 @@ def train(
 
     \b
     Examples:
-      ssmamba mil train --features job/features --labels labels.csv --out run
+      ssmamba mil train --features features --labels labels.csv --out run
       ssmamba mil train --resume --out run
-      ssmamba mil train --features job/features --labels labels.csv --out run \\
+      ssmamba mil train --features features --labels labels.csv --out run \\
         --aggregator clam --set aggregator_args.k_sample=16
-      ssmamba mil train --features job/features --labels labels.csv --out run \\
+      ssmamba mil train --features features --labels labels.csv --out run \\
         --aggregator pama --set aggregator_args.init=pama_run
 
     Exit code: 0 trained to the end, 2 bad input.
@@ -104,9 +105,10 @@ def _print_report(report: dict[str, Any], out: str) -> None:
 
 @command.command()
 @click.argument("run", type=click.Path())
-@click.option("--features", required=True, type=click.Path(), help="Folder of feature files, or one of them.")
+@click.option("--features", required=True, type=click.Path(), help="Feature files: a job's features_MODEL, or one file.")
 @click.option("--out", required=True, type=click.Path(), help="CSV to write; its folder must exist.")
 @click.option("--ensemble", is_flag=True, help="Average the models of all folds. Default: the best fold's.")
+@precision_option
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no closing line.")
@@ -118,7 +120,7 @@ def predict(ctx: click.Context, run: str, features: str, out: str, quiet: bool, 
 
     \b
     Example:
-      ssmamba mil predict run --features new/features --out predictions.csv
+      ssmamba mil predict run --features new --out predictions.csv
 
     Exit code: 0 all slides predicted, 1 some files were unreadable (each is listed), 2 bad input.
     """
@@ -141,6 +143,7 @@ def predict(ctx: click.Context, run: str, features: str, out: str, quiet: bool, 
 @click.option("--out", required=True, type=click.Path(), help="Folder for NAME.png and NAME.geojson.")
 @click.option("--max-size", type=click.IntRange(1), default=2048, show_default=True, help="Longer side, px.")
 @click.option("--opacity", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Of the colours.")
+@precision_option
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @click.option("--quiet", is_flag=True, help="No closing lines.")

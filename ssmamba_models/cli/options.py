@@ -47,13 +47,21 @@ def precision_option(command: Callable) -> Callable:
 
 
 def check_json(path: Path | None) -> None:
-    """Make sure, before a long run, that the file of --json can be written.
+    """Make sure, before a long run, that the file of --json can be written. Results of an earlier run are replaced.
 
     Raises:
-        OSError: it cannot.
+        FileExistsError: the file holds something else than JSON: `--json *.h5` names a file of features.
+        OSError: it cannot be written.
     """
-    if path is not None and path != _STDOUT:
-        check_output(path, overwrite=True)
+    if path is None or path == _STDOUT:
+        return
+    if check_output(path, overwrite=True).is_file() and not _may_be_json(path):
+        raise FileExistsError(f"--json {str(path)!r} exists and is no JSON; it is left as it is: name another file")
+
+
+def _may_be_json(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(64).lstrip()[:1] in (b"", b"{", b"[")
 
 
 def is_stdout(path: Path | None) -> bool:

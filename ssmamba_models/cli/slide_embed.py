@@ -24,7 +24,7 @@ class _Tiles(click.ParamType):
 
 @click.command()
 @click.option("--run", required=True, metavar="RUN|FOLDER|hf-hub:ORG/NAME", help="The slide encoder.")
-@click.option("--features", required=True, type=click.Path(), help="Folder of feature files, or one of them.")
+@click.option("--features", required=True, type=click.Path(), help="Feature files: a job's features_MODEL, or one file.")
 @click.option("--out", required=True, type=click.Path(), help="HDF5 file to write; its folder must exist.")
 @click.option("--views", type=int, help="Views that are averaged. Default: the encoder's (Giga-SSL 50, PAMA 1).")
 @click.option(
@@ -55,9 +55,9 @@ def command(
 
     \b
     Examples:
-      ssmamba slide-embed --run run --features job/features --out slides.h5
+      ssmamba slide-embed --run run --features features --out slides.h5
       ssmamba slide-embed --run hf-hub:my-lab/my-slides --tiles all \\
-        --features job/features --out slides.h5
+        --features features --out slides.h5
 
     Exit code: 0 all slides embedded, 1 some files were unreadable (each is listed), 2 bad input.
     """

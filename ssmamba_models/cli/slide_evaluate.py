@@ -59,7 +59,7 @@ def command(
       ssmamba slide-evaluate --embeddings gigassl=a.h5 --embeddings pama=b.h5 \\
         --labels labels.csv --out report
       ssmamba slide-evaluate --embeddings other.npy --ids ids.txt \\
-        --features job/features --labels labels.csv --out report
+        --features features --labels labels.csv --out report
 
     Exit code: 0 scored, 2 bad input.
     """

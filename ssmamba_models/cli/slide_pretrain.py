@@ -12,7 +12,7 @@ from ssmamba_models.engine.slide_pretrain import SlidePretrainConfig, pretrain_s
 
 
 @click.command()
-@click.option("--features", type=click.Path(), help="Folder of feature files, one per slide; labels are not needed.")
+@click.option("--features", type=click.Path(), help="Folder of feature files: a job's features_MODEL.")
 @configured
 @click.option("--method", type=click.Choice(sorted(SLIDE_METHODS)), help="Default: gigassl.")
 @click.option("--model", help="A slide encoder. Default: gigassl_scm for gigassl, pama_base for pama.")
@@ -42,12 +42,12 @@ def command(
 
     \b
     Examples:
-      ssmamba slide-pretrain --method gigassl --features job/features --out run
+      ssmamba slide-pretrain --method gigassl --features features --out run
       ssmamba slide-pretrain --resume --out run
-      ssmamba slide-pretrain --method pama --features job/features --out run2 \\
+      ssmamba slide-pretrain --method pama --features features --out run2 \\
         --model pama_small --set method_args.mask_ratio=0.6
       accelerate launch --num_processes 4 -m ssmamba_models slide-pretrain \\
-        --method pama --features job/features --out run
+        --method pama --features features --out run
 
     Exit code: 0 trained to the end, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM (with a checkpoint).
     """

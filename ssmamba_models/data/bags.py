@@ -18,12 +18,9 @@ import numpy as np
 
 from ssmamba_models.data.features import SlideFeatureFile, open_slide_features
 from ssmamba_models.data.hdf5 import damage_named
-from ssmamba_models.data.provenance import same_provenance
+from ssmamba_models.data.provenance import ENCODER, TILES, same_provenance
 from ssmamba_models.data.slide_labels import check_slide_labels, match_slides, read_slide_labels, some_names
 
-# What makes features comparable: of the provenance, and of the geometry.
-_PROVENANCE = ("model", "weights_sha256", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-_GEOMETRY = ("target_mpp", "patch_size", "overlap")
 _READ_ROWS = 8192
 
 
@@ -148,11 +145,16 @@ def open_bag(path: str | os.PathLike) -> tuple[Bag, dict[str, Any]]:
     """A slide by its feature file alone, and the provenance of its features (see `Bags`).
 
     Raises:
-        FileNotFoundError, ValueError, OSError, ImportError: as `open_slide_features`.
+        FileNotFoundError, ValueError, OSError, ImportError: as `open_slide_features`; ValueError where the slide's name
+            is not UTF-8: no table could hold it.
     """
+    try:
+        Path(path).stem.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the name of {os.fsencode(path)!r} is not valid UTF-8; rename the file") from error
     with open_slide_features(path) as file:
-        attributes = {key: file.attributes.get(key) for key in _PROVENANCE}
-        geometry = {key: file.coords_attributes[key] for key in _GEOMETRY}
+        attributes = {key: file.attributes.get(key) for key in ENCODER}
+        geometry = {key: file.coords_attributes[key] for key in TILES}
         provenance = {"feature_dim": file.embed_dim, **_plain(attributes), **geometry}
         facts: dict[str, Any] = {"patch_size_level0": file.patch_size_level0, "shared_bags": len(file.bags or ())}
         return Bag(Path(path).stem, Path(path), len(file), **facts), provenance
@@ -206,11 +208,12 @@ def check_same_provenance(provenances: Mapping[str, Mapping[str, Any]]) -> dict[
     first, common = next(iter(provenances.items()))
     for slide, provenance in provenances.items():
         for key, value in provenance.items():
-            if not same_provenance(key, value, common[key]):
+            # What a model of an earlier version does not state of its features cannot differ from theirs.
+            if not same_provenance(key, value, common.get(key, value)):
                 raise ValueError(
                     f"the features of {first!r} and {slide!r} do not belong together: {key} is {common[key]!r} and "
-                    f"{value!r}; extract all slides with one model, weights, mpp and tile size, or keep them in "
-                    "folders apart"
+                    f"{value!r}; extract all slides with one model, weights, precision, mpp and tile size, or keep "
+                    "them in folders apart"
                 )
     return dict(common)
 
@@ -225,13 +228,19 @@ def feature_files(features: str | os.PathLike) -> list[Path]:
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
-        raise FileNotFoundError(f"the folder of features {str(folder)!r} does not exist; `ssmamba extract` makes one")
+        hint = _folders_with_features(folder.parent) or "`ssmamba extract` makes one"
+        raise FileNotFoundError(f"the folder of features {str(folder)!r} does not exist; {hint}")
     files = sorted(path for path in folder.glob("*.h5") if not path.name.startswith("."))
     if not files:
-        below = sorted({str(path.parent) for depth in ("*/*.h5", "*/*/*.h5") for path in folder.glob(depth)})
-        hint = f"give one of the folders below: {some_names(below)}" if below else "`ssmamba extract` makes them"
+        hint = _folders_with_features(folder) or "`ssmamba extract` makes them"
         raise FileNotFoundError(f"no feature file (*.h5) lies in {str(folder)!r}; {hint}")
     return files
+
+
+def _folders_with_features(folder: Path) -> str:
+    """What to give instead: the folders with feature files up to two levels below; "" where there is none."""
+    below = sorted({str(path.parent) for depth in ("*/*.h5", "*/*/*.h5") for path in folder.glob(depth)})
+    return f"give one of these: {some_names(below)}" if below else ""
 
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from typing import Any
 
 from ssmamba_models.data.tile_geometry import GEOMETRY, clean, level0_side
 
-_MPP_OPTIONS = "--level0-mpp, --target-mpp or --mpp-csv"
+_MPP_OPTIONS = "--mpp-override, --mpp or --mpp-csv"
 _OPTIONS = {
     "level0_mpp": _MPP_OPTIONS,
     "target_mpp": _MPP_OPTIONS,
-    "patch_size": "--patch-size",
-    "patch_size_level0": f"--patch-size, and {_MPP_OPTIONS}",
+    "patch_size": "--tile-size",
+    "patch_size_level0": f"--tile-size, and {_MPP_OPTIONS}",
     "overlap": "--overlap",
     "level0_width": "a column level0_width in --mpp-csv",
     "level0_height": "a column level0_height in --mpp-csv",

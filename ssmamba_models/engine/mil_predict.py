@@ -61,7 +61,7 @@ def predict_mil(
     out: str | os.PathLike,
     *,
     ensemble: bool = False,
-    precision: str = "auto",
+    precision: str = "fp32",
     device: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -75,7 +75,7 @@ def predict_mil(
         features: folder of feature files, or one of them.
         out: the CSV to write; its folder must exist.
         ensemble: the mean probabilities of all folds' models, instead of the best fold's.
-        precision, device: as `MilConfig`.
+        precision, device: as `MilConfig`; the precision here is not that of the training.
         overwrite: whether an existing file may be replaced.
         progress: draw a progress bar.
 
@@ -106,14 +106,14 @@ def predict_mil(
 
 
 def score_tiles(
-    run: str | os.PathLike, features: str | os.PathLike, *, precision: str = "auto", device: str | None = None
+    run: str | os.PathLike, features: str | os.PathLike, *, precision: str = "fp32", device: str | None = None
 ) -> TileScores:
     """Predict one slide, and say how much each tile counts (the aggregator's "attention").
 
     Args:
         run: as `predict_mil`.
         features: the slide's feature file.
-        precision, device: as `MilConfig`.
+        precision, device: as `MilConfig`; the precision here is not that of the training.
 
     Raises:
         As `predict_mil`; ValueError where features are NaN.

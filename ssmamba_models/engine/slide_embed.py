@@ -98,7 +98,10 @@ def embed_slides(
         "seed": seed,
         **{f"option_{name}": value for name, value in options.items() if value is not None},
         **{f"features_{name}": value for name, value in slides.provenance.items() if value is not None},
+        "dtype": "bfloat16" if embedder.bf16 else "float32",
+        "device": place.type,
         "ssmamba_models_version": __version__,
+        "torch_version": str(torch.__version__),
     }
     embeddings = vectors.pop("embeddings")
     write_slide_vectors(path, SlideVectors(names, embeddings, vectors, attributes), overwrite)

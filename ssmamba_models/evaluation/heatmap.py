@@ -45,6 +45,7 @@ def draw_heatmap(
     slide: str | os.PathLike | None = None,
     max_size: int = 2048,
     opacity: float = 0.5,
+    precision: str = "fp32",
     device: str | None = None,
     overwrite: bool = False,
 ) -> Heatmap:
@@ -61,7 +62,7 @@ def draw_heatmap(
         slide: the slide itself; without it the tiles are drawn on white.
         max_size: longer side of the picture in pixels.
         opacity: of the colours over the slide, 0 to 1.
-        device: as `MilConfig`.
+        precision, device: as `predict_mil`.
         overwrite: whether existing files may be replaced.
 
     Returns:
@@ -78,7 +79,7 @@ def draw_heatmap(
     folder = _folder(out)
     png, geojson = (check_output(folder / f"{Path(features).stem}{end}", overwrite) for end in (".png", ".geojson"))
     image, downsample, origin = _background(file, slide, max_size)
-    scores = score_tiles(run, features, device=device)
+    scores = score_tiles(run, features, precision=precision, device=device)
     ranks = attention_ranks(scores.attention)
     picture = color_tiles(image, downsample, file.coords, file.patch_size_level0, ranks, opacity)
     write_thumbnail(png, picture, overwrite)

@@ -13,13 +13,14 @@ from tqdm import tqdm
 from ssmamba_models.data.hdf5 import require_h5py
 from ssmamba_models.engine.device import resolve_device
 from ssmamba_models.progress import progress_bar
+from ssmamba_models.stopping import stopped_in_order
 from ssmamba_models.wsi.claims import Claims
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.extract_plan import ExtractPlan
 from ssmamba_models.wsi.held_slide import Outcomes
 from ssmamba_models.wsi.job import Job
 from ssmamba_models.wsi.job_folder import check_root
-from ssmamba_models.wsi.job_run import JobResult, follow, job_standing, stopped_in_order
+from ssmamba_models.wsi.job_run import JobResult, follow, job_standing
 from ssmamba_models.wsi.local_engine import LocalEngine, Timing
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.tile_encoder import TileEncoder

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,20 +81,3 @@ def follow(outcomes: Outcomes, job: JobFolder, slides: list[SlideFile], bar: tqd
                 written = time.monotonic()
                 pause = max(every, (written - start) / _TABLE_SHARE)
             yield outcome
-
-
-@contextmanager
-def stopped_in_order() -> Iterator[None]:
-    """Let SIGTERM (a cluster's preemption) end the block as Ctrl-C does: locks released, part files removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -12,11 +12,12 @@ from typing import Any
 from ssmamba_models.engine.processes import default_workers
 from ssmamba_models.locks import Lock
 from ssmamba_models.progress import progress_bar
+from ssmamba_models.stopping import stopped_in_order
 from ssmamba_models.wsi.claims import JobClaims
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.dry_run import PlannedSlide, count_tiles
 from ssmamba_models.wsi.extract import Places
-from ssmamba_models.wsi.job_run import JobResult, follow, job_standing, stopped_in_order
+from ssmamba_models.wsi.job_run import JobResult, follow, job_standing
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.tile_engine import TileEngine
 from ssmamba_models.wsi.tile_job import SUFFIXES, TileJob, TileSettings, check_slide_names

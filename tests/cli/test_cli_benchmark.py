@@ -56,6 +56,14 @@ def test_bad_input_is_named(run, arguments, message):
     assert "Traceback" not in result.output
 
 
+def test_a_report_of_something_else_is_not_replaced(run, tmp_path):
+    (tmp_path / "report.md").write_text("# Evaluation\n")
+    result = run("all", "--quick", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "is no report of `ssmamba benchmark`; give another --out" in result.stderr
+    assert (tmp_path / "report.md").read_text() == "# Evaluation\n"
+
+
 def test_an_output_that_cannot_be_written_is_found_before_the_run(run, tmp_path):
     result = run("models", *FAST, "--json", tmp_path / "missing" / "out.json")
     assert result.exit_code == 2

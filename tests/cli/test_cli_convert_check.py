@@ -1,6 +1,7 @@
 """`ssmamba convert` and `ssmamba check`: from the command line, with exit codes."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -107,6 +108,25 @@ class TestConvert:
 
 
 class TestCheck:
+    def test_json_replaces_results_and_nothing_else(self, ssmamba, tmp_path):
+        path = write(tmp_path / "a.h5")
+        before = path.read_bytes()
+        result = ssmamba("check", "--json", path, path)
+        assert result.exit_code == 2
+        assert "exists and is no JSON; it is left as it is: name another file" in result.stderr
+        assert path.read_bytes() == before
+        for _ in range(2):
+            assert ssmamba("check", path, "--json", tmp_path / "report.json").exit_code == 0
+
+    def test_a_name_that_is_not_utf8_does_not_end_the_list(self, ssmamba, tmp_path):
+        os.rename(write(tmp_path / "a.h5"), os.fsencode(tmp_path) + b"/case\xe9.h5")
+        write(tmp_path / "z.h5")
+        result = ssmamba("check", tmp_path)
+        assert result.exit_code == 0, result.output
+        assert [line.split(":")[0].rpartition("/")[2] for line in result.stdout.splitlines()] == [
+            "case\\udce9.h5", "z.h5",
+        ]  # fmt: skip
+
     def test_all_is_well(self, ssmamba, tmp_path):
         write(tmp_path / "a.h5")
         write(tmp_path / "more/b.h5")

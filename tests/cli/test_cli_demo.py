@@ -74,6 +74,16 @@ def test_bad_input(ssmamba, tmp_path, monkeypatch, arguments, said):
     assert os.listdir(tmp_path) == ["text.png"]
 
 
+def test_the_image_itself_is_not_replaced(ssmamba, tmp_path):
+    image = tmp_path / "tile.png"
+    Image.new("RGB", (64, 64), "pink").save(image)
+    before = image.read_bytes()
+    result = ssmamba("demo", image, "--out", image, *QUICK)
+    assert result.exit_code == 2
+    assert "would replace the image itself; give another --out" in result.stderr
+    assert image.read_bytes() == before
+
+
 def test_an_unknown_tag_is_named(ssmamba, tmp_path):
     result = ssmamba("demo", "--model", "ssmamba_tiny.wrong_tag", "--out", tmp_path / "d.png")
     assert result.exit_code == 2

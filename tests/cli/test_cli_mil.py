@@ -91,6 +91,26 @@ def test_predict(run, slides, ssmamba, tmp_path):
     assert "--overwrite" in again.stderr
 
 
+def test_predict_computes_in_what_it_is_asked_for(run, slides, ssmamba, tmp_path):
+    tables = []
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / f"{precision}.csv"
+        result = ssmamba("mil", "predict", run, "--features", slides, "--out", out, "--precision", precision)
+        assert result.exit_code == 0, result.output
+        tables.append(out.read_text())
+    assert tables[0] != tables[1]
+
+
+def test_a_slide_whose_name_is_not_utf8_is_listed_and_the_others_predicted(run, slides, ssmamba, tmp_path):
+    folder = tmp_path / "some"
+    shutil.copytree(slides, folder)
+    os.rename(folder / "slide_001_0.h5", os.fsencode(folder) + b"/case\xe9.h5")
+    result = ssmamba("mil", "predict", run, "--features", folder, "--out", tmp_path / "p.csv")
+    assert result.exit_code == 1
+    assert "is not valid UTF-8; rename the file" in result.stderr
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 12
+
+
 def test_heatmap(run, slides, ssmamba, tmp_path):
     file = slides / "slide_001_0.h5"
     result = ssmamba("mil", "heatmap", run, "--features", file, "--out", tmp_path / "maps", "--max-size", 100)

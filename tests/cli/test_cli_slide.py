@@ -99,6 +99,7 @@ class TestEmbed:
         assert attributes["weights_sha256"] == said["domain"]["sha256"]
         assert (attributes["model"], attributes["seed"]) == ("test_gigassl", 0)
         assert attributes["features_model"] == "synthetic"
+        assert (attributes["dtype"], attributes["device"]) == ("float32", "cpu")
         assert (attributes["option_views"], attributes["option_tiles"]) == (4, 3)
 
     def test_the_same_bytes_again(self, vectors, run, slides, ssmamba, tmp_path):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import os
 
 import numpy as np
 import pytest
 
 pytest.importorskip("h5py", reason="feature files need the [wsi] extra")
 
-from ssmamba_models.data.bags import feature_files, open_bag, read_bags
+from ssmamba_models.data.bags import check_same_provenance, feature_files, open_bag, read_bags
 from ssmamba_models.data.features import write_slide_features
 from ssmamba_models.data.synthetic_slides import write_synthetic_slides
 
@@ -193,6 +194,7 @@ def test_a_slide_without_features(folder, table):
         ({"attributes": {"model": "other"}}, "model is 'm' and 'other'"),
         ({"attributes": {"weights_sha256": "def"}}, "weights_sha256 is 'abc' and 'def'"),
         ({"attributes": {"mean": [0.4, 0.5, 0.5]}}, "mean is"),
+        ({"attributes": {"dtype": "bfloat16"}}, "dtype is None and 'bfloat16'"),
         ({"target_mpp": 1.0}, "target_mpp is 0.5 and 1.0"),
         ({"patch_size": 256}, "patch_size is 224 and 256"),
         ({"overlap": 10}, "overlap is 0 and 10"),
@@ -212,10 +214,12 @@ def test_what_may_differ(folder, table, change):
 
 
 def test_the_wrong_folder(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no feature file .* one of the folders below: '.*features'"):
+    with pytest.raises(FileNotFoundError, match=r"'.*featurs' does not exist; give one of these: '.*features'"):
+        feature_files(tmp_path / "featurs")
+    with pytest.raises(FileNotFoundError, match=r"no feature file .* one of these: '.*features'"):
         feature_files(tmp_path)
     with pytest.raises(FileNotFoundError, match="`ssmamba extract` makes one"):
-        feature_files(tmp_path / "nowhere")
+        feature_files(tmp_path / "no" / "where")
 
 
 def test_synthetic_slides(tmp_path):
@@ -234,3 +238,15 @@ def test_synthetic_slides(tmp_path):
     again = write_synthetic_slides(tmp_path / "t", **arguments)
     name = f"{bags.bags[0].slide}.h5"
     assert (tmp_path / "s" / name).read_bytes() == (again.parent / name).read_bytes()
+
+
+def test_a_model_that_states_less_of_its_features_takes_them():
+    stated = {"model": "m", "target_mpp": 0.5}
+    assert check_same_provenance({"the model's": stated, "a": {**stated, "dtype": "float32"}}) == stated
+
+
+def test_a_slide_whose_name_is_not_utf8_is_refused_by_name(folder):
+    path = os.path.join(os.fsencode(folder), b"case\xe9.h5")
+    os.rename(folder / "a.h5", path)
+    with pytest.raises(ValueError, match=r"case.*xe9\.h5' is not valid UTF-8; rename the file"):
+        open_bag(os.fsdecode(path))

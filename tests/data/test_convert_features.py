@@ -234,14 +234,14 @@ class TestClam:
     def test_what_is_missing_is_named_with_the_options(self, tmp_path):
         write_clam(tmp_path / "clam")
         reason = why_not(tmp_path / "clam", tmp_path / "out", "clam", "ssmamba")
-        for option in ("--level0-mpp", "--target-mpp", "--mpp-csv", "--patch-size", "--overlap", "level0_width"):
+        for option in ("--mpp-override", "--mpp or", "--mpp-csv", "--tile-size", "--overlap", "level0_width"):
             assert option in reason
         reason = why_not(
             tmp_path / "clam", tmp_path / "out", "clam", "ssmamba",
             coords=write_clam_coords(tmp_path / "patches"), given={"overlap": 0},
         )  # fmt: skip
-        assert "does not say level0_mpp (micrometres per pixel of level 0): give --level0-mpp" in reason
-        assert "--patch-size" not in reason
+        assert "does not say level0_mpp (micrometres per pixel of level 0): give --mpp-override" in reason
+        assert "--tile-size" not in reason
         assert files_in(tmp_path / "out") == []
 
     def test_all_by_hand(self, tmp_path):
@@ -352,7 +352,7 @@ class TestTrident:
 
     def test_the_mpp_is_never_guessed_from_the_magnification(self, tmp_path):
         path = write_trident(tmp_path / "features_uni_v1/case1.h5")
-        assert "give --level0-mpp, --target-mpp or --mpp-csv" in why_not(path, tmp_path / "out", "trident", "ssmamba")
+        assert "give --mpp-override, --mpp or --mpp-csv" in why_not(path, tmp_path / "out", "trident", "ssmamba")
 
     def test_old_files_do_not_say_the_size(self, tmp_path):
         path = write_trident(tmp_path / "features_uni_v1/case1.h5", drop=("level0_width", "level0_height"))
