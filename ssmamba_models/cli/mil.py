@@ -105,7 +105,7 @@ def _print_report(report: dict[str, Any], out: str) -> None:
 
 @command.command()
 @click.argument("run", type=click.Path())
-@click.option("--features", required=True, type=click.Path(), help="Feature files: a job's features_MODEL, or one file.")
+@click.option("--features", required=True, type=click.Path(), help="Feature files: a job's features_MODEL, or one.")
 @click.option("--out", required=True, type=click.Path(), help="CSV to write; its folder must exist.")
 @click.option("--ensemble", is_flag=True, help="Average the models of all folds. Default: the best fold's.")
 @precision_option

@@ -24,7 +24,7 @@ class _Tiles(click.ParamType):
 
 @click.command()
 @click.option("--run", required=True, metavar="RUN|FOLDER|hf-hub:ORG/NAME", help="The slide encoder.")
-@click.option("--features", required=True, type=click.Path(), help="Feature files: a job's features_MODEL, or one file.")
+@click.option("--features", required=True, type=click.Path(), help="Feature files: a job's features_MODEL, or one.")
 @click.option("--out", required=True, type=click.Path(), help="HDF5 file to write; its folder must exist.")
 @click.option("--views", type=int, help="Views that are averaged. Default: the encoder's (Giga-SSL 50, PAMA 1).")
 @click.option(
