@@ -6,13 +6,14 @@ python examples/mil_on_mosaics.py --data lc25000 --features tiles.h5 --out mosai
 Slides are mosaics of --normal tiles; in positive ones 5 to 10 % of the tiles are --tumour tiles, scattered. A patient's
 tiles come from groups that no other patient has, and folds are by patient. --features is what `ssmamba embed` wrote of
 the data; without it the tiles are embedded first. OUT/aucs.md holds the table, OUT/<aggregator>/ each one's report and
-weights, and OUT/heatmap one positive slide. What is done is kept: the same line again goes on.
+weights, and OUT/heatmap/attention.jpg one positive slide. What is done is kept: the same line again goes on.
 """
 
 import argparse
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from ssmamba_models.data.labelled import LabelledTiles, read_tiles
 from ssmamba_models.data.mosaic_files import LABELS, draw_mosaic, write_mosaic_features
@@ -23,6 +24,7 @@ from ssmamba_models.engine.embed import embed_folder
 from ssmamba_models.engine.mil import PREDICTIONS, train_mil
 from ssmamba_models.engine.mil_config import MilConfig
 from ssmamba_models.engine.mil_model import WEIGHTS
+from ssmamba_models.engine.mil_predict import score_tiles
 from ssmamba_models.engine.mil_predictions import read_predictions
 from ssmamba_models.evaluation.heatmap import draw_heatmap
 from ssmamba_models.evaluation.mil_report import report_mil
@@ -30,6 +32,9 @@ from ssmamba_models.evaluation.mil_report import report_mil
 AGGREGATORS = ("mean", "max", "abmil", "clam", "dsmil", "transmil", "mambamil")
 # At 512 channels a step of these takes seconds of a CPU; every other argument is the default.
 NARROW = {"transmil": {"hidden_dim": 128}, "mambamil": {"dim": 128}}
+
+# Of a picture, and between two of them, in pixels.
+SIDE, GAP = 480, 16
 
 
 def tiles_and_features(arguments) -> tuple[LabelledTiles, np.ndarray, dict]:
@@ -78,21 +83,53 @@ def score(name, folder, arguments):
     return report_mil(arguments.out / name)
 
 
-def draw(mosaics, tiles, folder, arguments):
-    """A positive slide, its tumour tiles told by the last aggregator, of the fold that was not trained on it."""
+def attention(name, mosaic, folder, arguments):
+    """(N,) attention of a slide's tiles, by the fold that was not trained on it; and that fold's weights."""
+    run = arguments.out / name
+    fold = next(row.fold for row in read_predictions(run / PREDICTIONS)[0] if row.slide == mosaic.name)
+    weights = run / f"fold-{fold}" / WEIGHTS
+    return score_tiles(weights, folder / f"{mosaic.name}.h5").attention, weights
+
+
+def is_tumour(mosaic, tiles, arguments):
+    return np.array([tiles.labels[index] == arguments.tumour for index in mosaic.tiles.reshape(-1)])
+
+
+def found(name, mosaics, tiles, folder, arguments):
+    """Share of tumour among the tiles with most attention, as many of each positive slide as it has tumour tiles."""
+    hits = []
+    for mosaic in mosaics:
+        if mosaic.label == "positive":
+            tumour = is_tumour(mosaic, tiles, arguments)
+            most = np.argsort(-attention(name, mosaic, folder, arguments)[0], kind="stable")[: tumour.sum()]
+            hits.append(tumour[most])
+    return np.concatenate(hits).mean()
+
+
+def draw(name, mosaics, tiles, folder, arguments):
+    """A positive slide: its tumour tiles framed, and the attention of an aggregator that was not trained on it."""
     mosaic = next(mosaic for mosaic in mosaics if mosaic.label == "positive")
     out = arguments.out / "heatmap"
     out.mkdir(exist_ok=True)
     slide = out / f"{mosaic.name}_slide.png"
-    draw_mosaic(mosaic, tiles).save(slide)
-    run = arguments.out / arguments.aggregators[-1]
-    fold = next(row.fold for row in read_predictions(run / PREDICTIONS)[0] if row.slide == mosaic.name)
-    weights = run / f"fold-{fold}" / WEIGHTS
-    drawn = draw_heatmap(weights, folder / f"{mosaic.name}.h5", out, slide=slide, max_size=672, overwrite=True)
-    attention = drawn.scores.attention
-    tumour = np.array([tiles.labels[index] == arguments.tumour for index in mosaic.tiles.reshape(-1)])
-    found = tumour[np.argsort(-attention)[: tumour.sum()]].mean()
-    print(f"{drawn.png}: of the {tumour.sum()} tiles with most attention {found:.0%} are {arguments.tumour}")
+    picture = draw_mosaic(mosaic, tiles)
+    picture.save(slide)
+    _, weights = attention(name, mosaic, folder, arguments)
+    drawn = draw_heatmap(
+        weights, folder / f"{mosaic.name}.h5", out, slide=slide, max_size=SIDE, opacity=0.7, overwrite=True
+    )
+    heat = Image.open(drawn.png)
+    picture = picture.resize(heat.size)
+    tumour = is_tumour(mosaic, tiles, arguments).reshape(mosaic.tiles.shape)
+    side, pen = heat.width / tumour.shape[1], ImageDraw.Draw(picture)
+    for row, column in np.argwhere(tumour):
+        x, y = column * side, row * side
+        pen.rectangle((x, y, x + side - 1, y + side - 1), outline="cyan", width=3)
+    both = Image.new("RGB", (2 * heat.width + GAP, heat.height), "white")
+    both.paste(picture, (0, 0))
+    both.paste(heat, (heat.width + GAP, 0))
+    both.save(out / "attention.jpg", quality=85)
+    print(f"{out / 'attention.jpg'}: framed are {arguments.tumour}; the attention is of {name}")
 
 
 def main():
@@ -106,6 +143,7 @@ def main():
     parser.add_argument("--patients", type=int, default=60, help="with two slides each; default: %(default)s")
     parser.add_argument("--cells", type=int, default=12, help="tiles along a slide's side; default: %(default)s")
     parser.add_argument("--aggregators", nargs="+", default=list(AGGREGATORS), help="default: %(default)s")
+    parser.add_argument("--drawn", help="aggregator of the picture; default: the last one")
     parser.add_argument("--folds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=30, help="default: %(default)s")
     parser.add_argument("--lr", type=float, default=3e-4, help="default: %(default)s")
@@ -121,14 +159,16 @@ def main():
         arguments.aggregators, arguments.folds, arguments.epochs = ["mean", "abmil"], 3, 6
     arguments.out.mkdir(parents=True, exist_ok=True)
     mosaics, tiles, folder = assemble(arguments)
-    lines = ["| aggregator | AUC (95 %) | macro-F1 (95 %) |", "| --- | --- | --- |"]
+    head = "| aggregator | AUC (95 %) | macro-F1 (95 %) | tumour among the tiles read most |"
+    lines = [head, "| --- | --- | --- | --- |"]
     for name in arguments.aggregators:
         metrics = score(name, folder, arguments)["metrics"]
         cells = [f"{m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f})" for m in (metrics["auc"], metrics["macro_f1"])]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        share = f"{found(name, mosaics, tiles, folder, arguments):.0%}"
+        lines.append(f"| {name} | {' | '.join([*cells, share])} |")
         print(lines[-1], flush=True)
     (arguments.out / "aucs.md").write_text("\n".join([*lines, ""]))
-    draw(mosaics, tiles, folder, arguments)
+    draw(arguments.drawn or arguments.aggregators[-1], mosaics, tiles, folder, arguments)
 
 
 if __name__ == "__main__":
