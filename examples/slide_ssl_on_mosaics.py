@@ -39,7 +39,7 @@ from ssmamba_models.evaluation.slide_scoring import SlideSettings, SlideTask, sc
 from ssmamba_models.output import whole_file
 from ssmamba_models.wsi.shared_aug import draw_augmentation
 
-# Narrow models: an hour on one core.
+# Narrow models: all trainings take a quarter of an hour to an hour on one core.
 GIGASSL = {
     "method": "gigassl",
     "model": "gigassl_scm",
