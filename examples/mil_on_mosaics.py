@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ssmamba_models.data.labelled import LabelledTiles, read_tiles
-from ssmamba_models.data.mosaic_files import LABELS, draw_mosaic, write_mosaic_features
+from ssmamba_models.data.mosaic_files import LABELS, draw_mosaic, remember_mosaics, write_mosaic_features
 from ssmamba_models.data.mosaics import MosaicKind, assemble_mosaics
 from ssmamba_models.data.synthetic import write_synthetic_tiles
 from ssmamba_models.data.tile_files import read_features
@@ -33,6 +33,7 @@ AGGREGATORS = ("mean", "max", "abmil", "clam", "dsmil", "transmil", "mambamil")
 # At 512 channels a step of these takes seconds of a CPU; every other argument is the default.
 NARROW = {"transmil": {"hidden_dim": 128}, "mambamil": {"dim": 128}}
 
+MADE_OF = ("data", "features", "model", "img_size", "normal", "tumour", "patients", "cells", "seed")
 # Of a picture, and between two of them, in pixels.
 SIDE, GAP = 480, 16
 
@@ -53,6 +54,7 @@ def tiles_and_features(arguments) -> tuple[LabelledTiles, np.ndarray, dict]:
 
 def assemble(arguments):
     """Write the slides, once; returns them and their tiles."""
+    remember_mosaics(arguments.out, {name: getattr(arguments, name) for name in MADE_OF})
     tiles, features, attributes = tiles_and_features(arguments)
     kinds = {
         "negative": MosaicKind({arguments.normal: None}),

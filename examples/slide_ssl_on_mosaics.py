@@ -23,7 +23,7 @@ import torch
 from torchvision.transforms.v2 import functional as transforms
 
 from ssmamba_models.data.labelled import read_tiles
-from ssmamba_models.data.mosaic_files import LABELS, write_mosaic_features
+from ssmamba_models.data.mosaic_files import LABELS, remember_mosaics, write_mosaic_features
 from ssmamba_models.data.mosaics import MosaicKind, assemble_mosaics
 from ssmamba_models.data.slide_vectors import SlideVectors, read_slide_vectors
 from ssmamba_models.data.synthetic import write_synthetic_tiles
@@ -71,6 +71,11 @@ VARIANTS = {
 }
 QUICK = ("gigassl", "pama")
 QUESTIONS = ("mixture", "layout")
+# What the slides follow from.
+MADE_OF = (
+    *("data", "features", "model", "img_size", "tissues", "less", "more", "patients", "slides", "cells", "pool"),
+    *("components", "bags", "bag_tiles"),
+)
 
 
 class SharedBags:
@@ -149,6 +154,7 @@ def assemble(arguments, tiles):
 def write_slides(arguments) -> Path:
     """Assemble the slides and a table of labels for each question, once; returns their folder."""
     folder = arguments.out / "slides"
+    remember_mosaics(arguments.out, {name: getattr(arguments, name) for name in MADE_OF})
     if (folder / LABELS).exists():
         return folder
     data = arguments.data or write_synthetic_tiles(arguments.out / "tiles", tiles_per_kind=40, size=64)

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from ssmamba_models.data.provenance import ENCODER, TILES, same_provenance
 from ssmamba_models.data.slide_labels import check_slide_labels, match_slides, read_slide_labels, some_names
 
 _READ_ROWS = 8192
+# Where features lie in the folder of a job. Beside a misspelt folder nothing else is searched: that may be anything.
+_JOB_FOLDERS = ("features*", "*mpp_*px_*px/features_*")
 
 
 @dataclass(frozen=True)
@@ -228,19 +230,21 @@ def feature_files(features: str | os.PathLike) -> list[Path]:
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
-        hint = _folders_with_features(folder.parent) or "`ssmamba extract` makes one"
+        hint = _folders_with_features(folder.parent, _JOB_FOLDERS) or "`ssmamba extract` makes one"
         raise FileNotFoundError(f"the folder of features {str(folder)!r} does not exist; {hint}")
     files = sorted(path for path in folder.glob("*.h5") if not path.name.startswith("."))
     if not files:
-        hint = _folders_with_features(folder) or "`ssmamba extract` makes them"
+        hint = _folders_with_features(folder, ("*", "*/*")) or "`ssmamba extract` makes them"
         raise FileNotFoundError(f"no feature file (*.h5) lies in {str(folder)!r}; {hint}")
     return files
 
 
-def _folders_with_features(folder: Path) -> str:
-    """What to give instead: the folders with feature files up to two levels below; "" where there is none."""
-    below = sorted({str(path.parent) for depth in ("*/*.h5", "*/*/*.h5") for path in folder.glob(depth)})
-    return f"give one of these: {some_names(below)}" if below else ""
+def _folders_with_features(folder: Path, patterns: Sequence[str]) -> str:
+    """What to give instead: the folders with feature files that lie where the patterns say; "" where there is none."""
+    below: set[str] = set()
+    with contextlib.suppress(OSError):  # it is but a hint
+        below = {str(path.parent) for pattern in patterns for path in folder.glob(f"{pattern}/*.h5")}
+    return f"give one of these: {some_names(sorted(below))}" if below else ""
 
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:

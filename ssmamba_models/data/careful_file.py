@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ssmamba_models.data.hdf5 import require_h5py
+from ssmamba_models.stopping import stops_wait
 
 
 class CarefulFile(io.FileIO):
@@ -53,7 +54,7 @@ class CarefulFile(io.FileIO):
 
 @contextlib.contextmanager
 def create_hdf5(path: str | os.PathLike) -> Iterator[tuple[Any, CarefulFile]]:
-    """Create an HDF5 file.
+    """Create an HDF5 file. What writes to it belongs into `stops_wait`.
 
     Args:
         path: it must not exist.
@@ -68,8 +69,13 @@ def create_hdf5(path: str | os.PathLike) -> Iterator[tuple[Any, CarefulFile]]:
     h5py = require_h5py()
     with CarefulFile(path) as disk:
         try:
-            with h5py.File(disk, "w") as file:
+            with stops_wait():
+                file = h5py.File(disk, "w")
+            try:
                 yield file, disk
+            finally:
+                with stops_wait():
+                    file.close()
         except Exception as error:
             # HDF5 stumbles over what was not written, and speaks of heaps and trees.
             if disk.error is not None and error is not disk.error:

@@ -29,6 +29,7 @@ from ssmamba_models.data.hdf5 import (
 )
 from ssmamba_models.data.tile_geometry import TileGeometry, check_geometry
 from ssmamba_models.output import whole_file
+from ssmamba_models.stopping import stops_wait
 
 _DTYPES = {"float32": np.float32, "float16": np.float16}
 _MAKER = "`ssmamba extract`"
@@ -200,11 +201,12 @@ def write_slide_features(
         columns["grid"] = (grid_shape, stored_dtype)
     with whole_file(path, overwrite) as part:
         with create_hdf5(part) as (file, disk):
-            writers = [rows := RowWriter(file, columns)]
-            if bag_tiles is not None:
-                writers.append(RowWriter(file, _bag_columns(bag_tiles, embed_dim, stored_dtype)))
-            write_attributes(file, attributes)
-            write_attributes(file["coords"], geometry)
+            with stops_wait():
+                writers = [rows := RowWriter(file, columns)]
+                if bag_tiles is not None:
+                    writers.append(RowWriter(file, _bag_columns(bag_tiles, embed_dim, stored_dtype)))
+                write_attributes(file, attributes)
+                write_attributes(file["coords"], geometry)
             yield SlideFeatureWriter(file, disk, rows, embed_dim, stored_dtype, grid_shape, *writers[1:])
             for writer in writers:
                 writer.finish()

@@ -22,6 +22,7 @@ from ssmamba_models.data.feature_source import FeatureSource, other_datasets, wi
 from ssmamba_models.data.geometry_completion import complete_geometry
 from ssmamba_models.data.hdf5 import plain, raw_attributes, require_h5py, row_blocks, write_attributes
 from ssmamba_models.data.tile_geometry import GEOMETRY
+from ssmamba_models.stopping import stops_wait
 
 _OURS = "ssmamba."
 _MADE = "ssmamba.made"
@@ -160,7 +161,7 @@ def write_foreign(
     attributes = dict(source.attributes)
     remembered = json.loads(plain(attributes.pop(f"{layout.name}.storage", "{}")))
     storage = {**layout.default_storage(source.dtype), **remembered}
-    with create_hdf5(part) as (file, _):
+    with create_hdf5(part) as (file, _), stops_wait():
         for name, (rows, how) in _columns(source, storage).items():
             _write_rows(file, name, rows, *how)
         for name, other in source.others.items():

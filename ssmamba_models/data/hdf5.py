@@ -14,6 +14,7 @@ import numpy as np
 
 from ssmamba_models.data.folder_walk import walk_folder
 from ssmamba_models.notice import one_line
+from ssmamba_models.stopping import stops_wait
 
 # Rows per HDF5 chunk: large enough to read fast, small enough that a file of ten tiles stays small.
 CHUNK_ROWS = 256
@@ -186,8 +187,9 @@ class RowWriter:
         for name, values in columns.items():
             dataset = self._datasets[name]
             start = len(dataset)
-            dataset.resize(start + len(values), axis=0)
-            dataset[start:] = values
+            with stops_wait():
+                dataset.resize(start + len(values), axis=0)
+                dataset[start:] = values
             self._sums[name] = zlib.crc32(np.ascontiguousarray(values).data, self._sums[name])
 
     def verify(self, file: Any) -> None:

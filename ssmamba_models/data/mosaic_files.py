@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -124,6 +125,24 @@ def draw_mosaic(mosaic: Mosaic, tiles: LabelledTiles, tile_size: int = 224) -> I
         with Image.open(tiles.root / tiles.paths[index]) as tile:
             canvas.paste(tile.convert("RGB").resize((tile_size, tile_size)), (int(x) * tile_size, int(y) * tile_size))
     return canvas
+
+
+def remember_mosaics(out: str | os.PathLike, made_of: Mapping[str, Any]) -> None:
+    """Make sure that a folder's mosaics are these: what is kept of one set must not be scored as another.
+
+    Args:
+        out: the folder; mosaics.json in it remembers.
+        made_of: what the mosaics follow from: tiles, features, classes, sizes, seed.
+
+    Raises:
+        FileExistsError: the folder remembers others.
+        OSError: it cannot be written.
+    """
+    file, text = Path(out) / "mosaics.json", json.dumps(dict(made_of), indent=2, default=str) + "\n"
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise FileExistsError(f"{str(file)!r}: the slides there are made of something else; give another --out")
+    with whole_file(file, overwrite=True) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def _write_rows(path: Path, rows: Sequence[Sequence[Any]]) -> Path:

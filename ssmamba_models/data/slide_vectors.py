@@ -19,6 +19,7 @@ from ssmamba_models.data.careful_file import create_hdf5
 from ssmamba_models.data.csv_rows import column_places, read_csv_rows
 from ssmamba_models.data.hdf5 import damage_named, open_hdf5, plain_attributes, require_h5py, write_attributes
 from ssmamba_models.output import whole_file
+from ssmamba_models.stopping import stops_wait
 
 _MAKER, _CURE = "`ssmamba slide-embed`", "embed the slides again"
 _ID_COLUMNS = ("slide", "id", "name")
@@ -70,7 +71,7 @@ def write_slide_vectors(path: str | os.PathLike, vectors: SlideVectors, overwrit
     h5py = require_h5py()
     columns = {"embeddings": vectors.embeddings}
     columns |= {f"baselines/{name}": values for name, values in sorted(vectors.baselines.items())}
-    with whole_file(path, overwrite) as part, create_hdf5(part) as (file, disk):
+    with whole_file(path, overwrite) as part, create_hdf5(part) as (file, disk), stops_wait():
         for name, values in columns.items():
             file.create_dataset(name, data=values.astype(np.float32), track_times=False)
         text = h5py.string_dtype()

@@ -27,6 +27,7 @@ from ssmamba_models.data.hdf5 import (
     write_attributes,
 )
 from ssmamba_models.output import whole_file
+from ssmamba_models.stopping import stops_wait
 
 _CURE = "embed again"
 
@@ -77,9 +78,10 @@ class FeatureWriter:
         columns = {"features": features, "paths": list(paths)}
         if labels is not None:
             columns["labels"] = list(labels)
-        for name, values in columns.items():
-            self._file[name].resize(self.count + rows, axis=0)
-            self._file[name][self.count :] = values
+        with stops_wait():
+            for name, values in columns.items():
+                self._file[name].resize(self.count + rows, axis=0)
+                self._file[name][self.count :] = values
         self.count += rows
         self._disk.check()
 
@@ -114,8 +116,9 @@ def write_features(
     h5py = require_h5py()
     with whole_file(path, overwrite) as part:
         with create_hdf5(part) as (file, disk):
-            _create_datasets(file, h5py, embed_dim, labelled)
-            write_attributes(file, attributes)
+            with stops_wait():
+                _create_datasets(file, h5py, embed_dim, labelled)
+                write_attributes(file, attributes)
             writer = FeatureWriter(file, disk, embed_dim, labelled)
             yield writer
         if writer.count == 0:

@@ -18,6 +18,7 @@ from typing import Any
 
 from ssmamba_models.locks import STALE
 from ssmamba_models.notice import SSMambaWarning, one_line
+from ssmamba_models.stopping import stopped_in_order
 from ssmamba_models.wsi.claims import Claims
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.extract_plan import ExtractPlan
@@ -104,7 +105,9 @@ def _cluster(ray: ModuleType) -> Iterator[None]:
         return
     ray.init(logging_level=logging.WARNING, include_dashboard=False)
     try:
-        yield
+        # Ray has just taken SIGTERM for itself, and would end the process with another exit code.
+        with stopped_in_order():
+            yield
     finally:
         ray.shutdown()
 

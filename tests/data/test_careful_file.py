@@ -1,13 +1,18 @@
 """HDF5 on a disk that is full: an error, where HDF5 alone takes the process with it."""
 
 import gc
+import os
+import signal
+import threading
 
 import numpy as np
 import pytest
 
 from ssmamba_models.data.careful_file import create_hdf5
 from ssmamba_models.data.features import write_slide_features
+from ssmamba_models.data.slide_vectors import SlideVectors, write_slide_vectors
 from ssmamba_models.data.tile_files import write_features
+from ssmamba_models.stopping import stopped_in_order, stops_wait
 
 h5py = pytest.importorskip("h5py", reason="feature files need the [wsi] extra")
 resource = pytest.importorskip("resource", reason="the limit that stands for a full disk")
@@ -79,3 +84,89 @@ def test_features_of_tile_folders_notice_it_too(tmp_path, small_disk):
         write()
     gc.collect()
     assert list(tmp_path.iterdir()) == []
+
+
+def stop_in_write(monkeypatch, number, sign):
+    """Have the signal come in the `number`-th write of HDF5; says whether there was one so late."""
+    from ssmamba_models.data.careful_file import CarefulFile
+
+    seen, write = [], CarefulFile.write
+
+    def writing(self, data):
+        seen.append(len(data))
+        if len(seen) == number:
+            os.kill(os.getpid(), sign)
+        return write(self, data)
+
+    monkeypatch.setattr(CarefulFile, "write", writing)
+    return lambda: len(seen) >= number
+
+
+def write_tiles(path):
+    batch, paths = np.ones((300, 2000), np.float32), [f"{number}.png" for number in range(300)]
+    with write_features(path, 2000, labelled=False, attributes={"model": "m"}) as writer:
+        for _ in range(3):
+            writer.append(batch, paths)
+
+
+def write_slide(path):
+    batch, coords = np.ones((300, 2000), np.float32), np.zeros((300, 2), np.int64)
+    with write_slide_features(path, 2000, coords_attributes=GEOMETRY, attributes={}) as writer:
+        for _ in range(3):
+            writer.append(batch, coords)
+
+
+def write_vectors(path):
+    write_slide_vectors(path, SlideVectors(("a", "b"), np.ones((2, 3000)), {"mean_pool": np.ones((2, 5))}))
+
+
+@pytest.mark.parametrize("write", [write_tiles, write_slide, write_vectors])
+@pytest.mark.parametrize(("sign", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_stop_in_any_write_of_hdf5_is_heard_and_leaves_nothing(tmp_path, monkeypatch, write, sign, raised):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for number in range(1, 200):
+            came = stop_in_write(monkeypatch, number, sign)
+            try:
+                with stopped_in_order():
+                    write(tmp_path / "a.h5")
+                stopped = False
+            except raised:
+                stopped = True
+            monkeypatch.undo()
+            if not came():
+                break
+            assert stopped, f"the stop in write {number} was lost"
+            assert list(tmp_path.iterdir()) == []
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert number > 5
+    assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
+
+
+def test_a_second_sigterm_does_not_disturb_the_cleaning_up(tmp_path):
+    done = []
+
+    def end():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append(True)
+
+    with pytest.raises(SystemExit) as stop, stopped_in_order():
+        end()
+    assert (stop.value.code, done) == (143, [True])
+
+
+def test_a_stop_in_another_thread_than_the_main_one_changes_nothing():
+    seen = []
+
+    def run():
+        with stopped_in_order(), stops_wait():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGTERM)]

@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ssmamba_models.data.labelled import LabelledTiles, read_tiles
-from ssmamba_models.data.mosaic_files import draw_mosaic, write_mosaic_features, write_mosaic_tiles
+from ssmamba_models.data.mosaic_files import (
+    draw_mosaic,
+    remember_mosaics,
+    write_mosaic_features,
+    write_mosaic_tiles,
+)
 from ssmamba_models.data.mosaics import MosaicKind, assemble_mosaics, draw_layout
 
 KINDS = {
@@ -191,3 +196,10 @@ def test_tiles_and_picture(tiles, tmp_path):
                 tile = np.asarray(Image.open(manifest.parent / row["path"]))[0, 0]
                 assert (picture[int(row["y"]) * 4, int(row["x"]) * 4] == tile).all()
                 assert row["label"] == "ab"[int(tile[2] > 0)]
+
+
+def test_a_folder_remembers_what_its_mosaics_are_made_of(tmp_path):
+    for _ in range(2):
+        remember_mosaics(tmp_path, {"tumour": "a", "cells": 12, "data": tmp_path})
+    with pytest.raises(FileExistsError, match="made of something else; give another --out"):
+        remember_mosaics(tmp_path, {"tumour": "b", "cells": 12, "data": tmp_path})

@@ -4,6 +4,8 @@ import builtins
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -124,3 +126,26 @@ def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"ssmamba-models\[cluster\]"):
         extract(tmp_path / "a.tif", tmp_path / "job", engine="ray")
     assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_ends_it_with_the_exit_code_of_all_commands(tmp_path, sign, code):
+    pytest.importorskip("ray", reason="clusters need the [cluster] extra")
+    make_pyramid(tmp_path / "a.tif", (6000, 6000), mpp=0.5, content=disc)
+    out = tmp_path / "job"
+    arguments = ("extract", tmp_path / "a.tif", "--out", out, "--engine", "ray", "--model", "test_ssmamba")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ssmamba_models", *map(str, arguments), "--batch-size", "1", "--quiet"],
+        env={**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        first_owner(out)
+        process.send_signal(sign)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == code, said
