@@ -161,14 +161,15 @@ def write_foreign(
     attributes = dict(source.attributes)
     remembered = json.loads(plain(attributes.pop(f"{layout.name}.storage", "{}")))
     storage = {**layout.default_storage(source.dtype), **remembered}
-    with create_hdf5(part) as (file, _), stops_wait():
+    with create_hdf5(part) as (file, _):
         for name, (rows, how) in _columns(source, storage).items():
             _write_rows(file, name, rows, *how)
-        for name, other in source.others.items():
-            other.file.copy(other, file, name=name)
-        _write_foreign_attributes(file, source, attributes, layout, native_coords, native_features)
-        if source.dtype.name != storage["features"][0]:
-            file["features"].attrs[_OUR_DTYPE] = source.dtype.name
+        with stops_wait():
+            for name, other in source.others.items():
+                other.file.copy(other, file, name=name)
+            _write_foreign_attributes(file, source, attributes, layout, native_coords, native_features)
+            if source.dtype.name != storage["features"][0]:
+                file["features"].attrs[_OUR_DTYPE] = source.dtype.name
     with h5py.File(part, "r") as file:
         for name, (rows, how) in _columns(source, storage).items():
             _verify_rows(file, name, rows, *how)
@@ -224,9 +225,14 @@ def _write_rows(file: Any, name: str, rows: Any, dtype: str, axes: int) -> None:
     count, *width = rows.shape
     row_bytes = math.prod(width) * np.dtype(dtype).itemsize
     chunk = (*leading, min(count, max(1, (1 << 20) // row_bytes)), *width)
-    dataset = file.create_dataset(name, (*leading, *rows.shape), dtype, chunks=chunk, track_times=False)
+    with stops_wait():
+        dataset = file.create_dataset(name, (*leading, *rows.shape), dtype, chunks=chunk, track_times=False)
     for block in row_blocks(count, row_bytes):
-        dataset[(*(0 for _ in leading), block)] = rows[block].astype(dtype, copy=False)
+        values = rows[block].astype(dtype, copy=False)
+        with stops_wait():
+            dataset[(*(0 for _ in leading), block)] = values
+    with stops_wait():
+        del dataset  # writes what HDF5 still holds of it
 
 
 def _verify_rows(file: Any, name: str, rows: Any, dtype: str, axes: int) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ssmamba_models.data.careful_file import create_hdf5
+from ssmamba_models.data.convert import convert_features
 from ssmamba_models.data.features import write_slide_features
 from ssmamba_models.data.slide_vectors import SlideVectors, write_slide_vectors
 from ssmamba_models.data.tile_files import write_features
@@ -120,16 +121,39 @@ def write_vectors(path):
     write_slide_vectors(path, SlideVectors(("a", "b"), np.ones((2, 3000)), {"mean_pool": np.ones((2, 5))}))
 
 
-@pytest.mark.parametrize("write", [write_tiles, write_slide, write_vectors])
+def files(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def convert(path):
+    """What `write_slide` wrote, with token maps, in TRIDENT's layout."""
+    source = path.parent.with_name("source") / "a.h5"
+    if not source.exists():
+        source.parent.mkdir()
+        attributes = {"model": "m", "weights_sha256": "0" * 64}
+        with write_slide_features(
+            source, 500, coords_attributes=GEOMETRY, attributes=attributes, grid_shape=(2, 2)
+        ) as writer:
+            writer.append(np.ones((300, 500)), np.zeros((300, 2), np.int64), np.ones((300, 2, 2, 500)))
+    done = convert_features(source, path.parent, source_layout="ssmamba", target_layout="trident")
+    assert not done.failed
+
+
+@pytest.mark.parametrize("write", [write_tiles, write_slide, write_vectors, convert])
 @pytest.mark.parametrize(("sign", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_stop_in_any_write_of_hdf5_is_heard_and_leaves_nothing(tmp_path, monkeypatch, write, sign, raised):
+    out = tmp_path / "out"
+    out.mkdir()
+    write(out / "a.h5")
+    (made,) = files(out)
+    made.unlink()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for number in range(1, 200):
             came = stop_in_write(monkeypatch, number, sign)
             try:
                 with stopped_in_order():
-                    write(tmp_path / "a.h5")
+                    write(out / "a.h5")
                 stopped = False
             except raised:
                 stopped = True
@@ -137,11 +161,11 @@ def test_a_stop_in_any_write_of_hdf5_is_heard_and_leaves_nothing(tmp_path, monke
             if not came():
                 break
             assert stopped, f"the stop in write {number} was lost"
-            assert list(tmp_path.iterdir()) == []
+            assert files(out) == []
     finally:
         signal.signal(signal.SIGINT, before)
     assert number > 5
-    assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
+    assert files(out) == [made]
 
 
 def test_a_second_sigterm_does_not_disturb_the_cleaning_up(tmp_path):
