@@ -128,6 +128,16 @@ def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
     assert not (tmp_path / "job").exists()
 
 
+COMMAND = """
+import signal, sys
+
+# A shell's background job ignores Ctrl-C, and so would its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from ssmamba_models.cli.main import main
+main(sys.argv[1:])
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_ends_it_with_the_exit_code_of_all_commands(tmp_path, sign, code):
@@ -136,7 +146,7 @@ def test_a_stop_ends_it_with_the_exit_code_of_all_commands(tmp_path, sign, code)
     out = tmp_path / "job"
     arguments = ("extract", tmp_path / "a.tif", "--out", out, "--engine", "ray", "--model", "test_ssmamba")
     process = subprocess.Popen(
-        [sys.executable, "-m", "ssmamba_models", *map(str, arguments), "--batch-size", "1", "--quiet"],
+        [sys.executable, "-c", COMMAND, *map(str, arguments), "--batch-size", "1", "--quiet"],
         env={**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
