@@ -18,6 +18,9 @@ from ssmamba_models.engine.device import resolve_device
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# Long beside what a thread needs to let go of its last work, short beside a training.
+_LAST_WORK_S = 0.5
+
 
 def create_accelerator(device: str | None) -> Accelerator:
     """Join the other processes (gloo on CPUs, NCCL on GPUs), or be the only one.
@@ -70,9 +73,13 @@ def _leave_group() -> None:
     """Join gloo's threads while Python still runs: left to the destructors at exit, a process that has done all its
     work now and then aborts ("terminate called without an active exception", exit code -6). NCCL's leaving waits for
     the other processes, which may be waiting themselves, so that one is left to its destructors.
+
+    Leaving holds Python's lock while it joins the threads (torch 2.6), and a thread that has just ended its last work
+    asks for that lock to let go of a tensor: both would wait for ever. Asleep this thread does not hold it.
     """
     group = torch.distributed
     if group.is_available() and group.is_initialized() and group.get_backend() == "gloo":
+        time.sleep(_LAST_WORK_S)
         group.destroy_process_group()
 
 
