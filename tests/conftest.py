@@ -33,6 +33,22 @@ def labelled_tiles(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def make_unlistable(monkeypatch):
+    """A function: from its call on, folders of the name cannot be listed. (Permissions alone do not stop root.)"""
+    scandir = os.scandir
+
+    def make(name):
+        def refuse(path):
+            if os.fspath(path).endswith(name):
+                raise PermissionError(13, "Permission denied", os.fspath(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+
+    return make
+
+
+@pytest.fixture
 def one_thread(monkeypatch):
     """Compute on one thread, in child processes too.
 

@@ -15,16 +15,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_folder_that_cannot_be_listed(folder, monkeypatch):
+def test_a_folder_that_cannot_be_listed(folder, make_unlistable):
     assert hdf5_files(folder) == [folder / "mine" / "a.h5", folder / "theirs" / "b.H5"]
-    scandir = os.scandir
-
-    def refuse(path):
-        if os.fspath(path).endswith("theirs"):
-            raise PermissionError(13, "Permission denied", os.fspath(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    make_unlistable("theirs")
     with pytest.raises(OSError, match=r"theirs' cannot be searched \(Permission denied\)"):
         hdf5_files(folder)
 

@@ -94,17 +94,10 @@ class TestFindTiles:
         assert found.paths == ("normal/c.png", "stroma/a.png", "tumour/case1/b.png")
         assert found.labels == ("normal", "stroma", "tumour")
 
-    def test_a_folder_that_cannot_be_listed(self, tmp_path, monkeypatch):
+    def test_a_folder_that_cannot_be_listed(self, tmp_path, make_unlistable):
         for name in ("mine/a.png", "theirs/b.png"):
             save(tmp_path / name)
-        scandir = os.scandir
-
-        def refuse(path):
-            if os.fspath(path).endswith("theirs"):
-                raise PermissionError(13, "Permission denied", os.fspath(path))
-            return scandir(path)
-
-        monkeypatch.setattr(os, "scandir", refuse)
+        make_unlistable("theirs")
         with pytest.raises(OSError, match=r"theirs' cannot be searched \(Permission denied\); have it made readable"):
             find_tiles(tmp_path)
 

@@ -129,16 +129,9 @@ class TestFolders:
         slides = find_slides(tmp_path / "slides")
         assert [os.path.relpath(slide.path, tmp_path) for slide in slides] == ["slides/z/a.svs", "slides/linked/b.svs"]
 
-    def test_one_that_cannot_be_listed(self, tmp_path, monkeypatch):
+    def test_one_that_cannot_be_listed(self, tmp_path, make_unlistable):
         touch(tmp_path, "mine/a.svs", "theirs/b.svs")
-        scandir = os.scandir
-
-        def refuse(path):
-            if os.fspath(path).endswith("theirs"):
-                raise PermissionError(13, "Permission denied", os.fspath(path))
-            return scandir(path)
-
-        monkeypatch.setattr(os, "scandir", refuse)
+        make_unlistable("theirs")
         with pytest.raises(OSError, match=r"theirs' cannot be searched \(Permission denied\); have it made readable"):
             find_slides(tmp_path)
         assert found(tmp_path / "mine") == ["a.svs"]
