@@ -23,6 +23,8 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ssmamba_models.layers.block import Block
+from ssmamba_models.layers.dms import DMS, DirectionalSSM  # noqa: F401
+from ssmamba_models.layers.lpr import LPR  # noqa: F401
 from ssmamba_models.layers.pieces import are_float32, is_inference, is_own, is_unwatched, piece_length
 from ssmamba_models.models.published import check_cfg
 from ssmamba_models.ops.bias_gelu import bias_gelu_

@@ -20,6 +20,10 @@ FUNCTIONS = (
     "ssmamba_conv_backward",
     "ssmamba_bias_gelu",
     "ssmamba_depthwise",
+    "ssmamba_plan_table",
+    "ssmamba_plan_workspace",
+    "ssmamba_plan_run",
+    "ssmamba_plan_run_bytes",
 )
 
 
@@ -34,7 +38,7 @@ def open_library() -> tuple[ctypes.CDLL | None, str]:
         for name in FUNCTIONS:
             function = getattr(library, name)
             function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-            function.restype = ctypes.c_int
+            function.restype = ctypes.c_int64 if name.startswith("ssmamba_plan") else ctypes.c_int
         team = library.ssmamba_team_run
         team.argtypes = (*(ctypes.c_void_p,) * 3, ctypes.c_uint, *(ctypes.c_void_p,) * 2, ctypes.c_int64)
         team.restype = ctypes.c_int

@@ -1,0 +1,115 @@
+"""optimize(model): the fastest way there is here to run a built model for inference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmamba_models.inference.planned import PlannedSSMamba
+from ssmamba_models.inference.represent import OptimizeError
+from ssmamba_models.models import SSMamba
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+def optimize(model: nn.Module, precision: str = "float32", memory: int | None = None) -> nn.Module:
+    """Make an inference module of a built model: the same outputs by the same methods, faster.
+
+    An SSMamba on a CPU becomes a plan of fused operators (see :class:`~ssmamba_models.inference.planned.PlannedSSMamba`),
+    with its weights packed once: later changes of the model's weights do not reach it. For any other model the best
+    public way is returned: itself in float32, or itself under bfloat16 autocast. (torch.compile is not used: on CPUs it
+    compiles for a minute or more, anew for every image size. Wrap the model yourself where that pays.)
+
+    The result returns float32 whatever the precision. It has `precision` and `plan`, which name what it computes in and by.
+
+    Args:
+        model: in eval mode. It stays as it is.
+        precision: "float32", or "bfloat16" for products and maps in bfloat16 with sums, norms, scans and the residual
+            stream in float32.
+        memory: of an SSMamba on a CPU, bytes of working memory above which threads share the work on each image, and no
+            longer take images of their own; None: 1 GiB.
+
+    Returns:
+        A module with forward, forward_features, forward_head and forward_intermediates, without trainable parameters.
+
+    Raises:
+        ValueError: an unknown precision, or memory below 1.
+        OptimizeError: a ValueError; the model is in training mode, or it is an SSMamba that the plan cannot represent: one
+            with replaced layers, adapters (LoRA), hooks or parametrisations.
+
+    Example:
+        >>> import timm, torch, ssmamba_models
+        >>> model = timm.create_model("test_ssmamba", num_classes=0).eval()
+        >>> fast = ssmamba_models.optimize(model)
+        >>> with torch.inference_mode():
+        ...     fast(torch.zeros(2, 3, 96, 96)).shape
+        torch.Size([2, 48])
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if memory is not None and (not isinstance(memory, int) or memory < 1):
+        raise ValueError(f"memory is {memory!r}, expected a number of bytes of at least 1, or None")
+    if model.training:
+        raise OptimizeError("the model is in training mode, expected inference; call model.eval() first")
+    if isinstance(model, SSMamba) and PlannedSSMamba.runs_on(_device(model)):
+        return PlannedSSMamba(model, precision, memory)
+    return AutocastModel(model) if precision == "bfloat16" else EagerModel(model)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+class EagerModel(nn.Module):
+    """A model that runs as it is, with the interface of an optimised one."""
+
+    plan = "eager"
+    precision = "float32"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        # Configuration, widths, classifier: whatever the model tells of itself.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.model, method)(*args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._call("__call__", x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self._call("forward_features", x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self._call("forward_head", x, pre_logits=pre_logits)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._call("forward_intermediates", x, *args, **kwargs)
+
+
+class AutocastModel(EagerModel):
+    """A model under bfloat16 autocast; results are float32."""
+
+    plan = "eager, autocast"
+    precision = "bfloat16"
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(_device(self.model).type, torch.bfloat16):
+            return _as_float32(super()._call(method, *args, **kwargs))
+
+
+def _as_float32(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result.float() if result.is_floating_point() else result
+    if isinstance(result, (list, tuple)):
+        return type(result)(_as_float32(part) for part in result)
+    return result

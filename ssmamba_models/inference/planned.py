@@ -1,0 +1,144 @@
+"""An SSMamba as a plan of fused CPU operators."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from ssmamba_models.inference.represent import build_network, check_representable
+from ssmamba_models.models import SSMamba
+from ssmamba_models.ops import dispatch
+from ssmamba_models.ops.cpu import plan
+
+DEFAULT_MEMORY = 2**30
+_TOLD = ("num_classes", "num_features", "head_hidden_size", "in_chans", "drop_rate", "feature_info", "output_fmt")
+_TOLD += ("pretrained_cfg", "default_cfg")
+
+
+class PlannedSSMamba(nn.Module):
+    """The encoder computed by C operators that pass on little: every map is read and written a few times, in the caches.
+
+    A block is five operators: LPR; LayerNorm and W_in; the depthwise convolution and SiLU; of each scale pooling, the
+    scan's projections and the scan; then, for some dozens of tokens at a time, everything up to the block's end:
+    upsampling, LayerNorm, W_out, the residual, LayerNorm and the MLP. LayerNorms' weights are folded into the linear layer
+    after them. Threads take images of their own where there are enough, else they share each operator.
+
+    Of bfloat16 are the packed weights, what enters a product, and the maps between operators; of float32 sums, norms,
+    activations, the scan's states and the residual stream. A CPU without bfloat16 products multiplies in float32.
+
+    Args:
+        model: an SSMamba in eval mode; weights are copied.
+        precision: "float32" or "bfloat16".
+        memory: bytes of working memory above which threads share the work on each image; None: 1 GiB.
+        instructions: name of an instruction set; None: the best.
+
+    Shape: as SSMamba's; results are float32.
+
+    Raises:
+        OptimizeError: the model cannot be represented.
+        RuntimeError: called with gradients that would be lost, or there is no C library.
+        ValueError: images that are not (B, in_chans, H, W), not on the CPU, or empty; no such instruction set here.
+    """
+
+    def __init__(
+        self, model: SSMamba, precision: str = "float32", memory: int | None = None, instructions: str | None = None
+    ) -> None:
+        super().__init__()
+        check_representable(model)
+        self.precision = precision
+        self.memory = DEFAULT_MEMORY if memory is None else memory
+        self.instructions = _choose(instructions, bf16=precision == "bfloat16")
+        self.plan = f"fused, {self.instructions.name}"
+        for name in _TOLD:
+            if hasattr(model, name):
+                setattr(self, name, copy.deepcopy(getattr(model, name)))
+        self.head = copy.deepcopy(model.head).float().requires_grad_(False)
+        self._packer = plan.Packer(self.instructions)
+        self._network = build_network(model, self._packer)
+        self._stages = len(model.stages)
+        self._map_dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self.eval()
+
+    @staticmethod
+    def runs_on(device: torch.device) -> bool:
+        """Whether the operators are there for this device, and no other backend is asked for."""
+        return device.type == "cpu" and dispatch.is_served_by("c", "cpu")
+
+    def train(self, mode: bool = True) -> PlannedSSMamba:
+        """Stays in inference; `mode` True is an error."""
+        if mode:
+            raise RuntimeError("an optimised model is for inference alone; train the model that it was made of")
+        return super().train(False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlannedSSMamba:
+        # Packed weights never change, so that copies may share them.
+        twin = self.__new__(type(self))
+        nn.Module.__init__(twin)
+        memo[id(self)] = twin
+        for name, value in self.__dict__.items():
+            shared = name in ("_packer", "_network", "instructions")
+            twin.__dict__[name] = value if shared else copy.deepcopy(value, memo)
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an optimised model cannot be pickled; send the model, and optimise it where it is used")
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, h, w, num_features), before norm and pooling."""
+        return self._maps(x, [self._stages - 1])[0]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, h, w, num_features) -> (B, num_classes); with `pre_logits` the pooled features (B, num_features)."""
+        return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """As SSMamba.forward_intermediates."""
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f'output_fmt is {output_fmt!r}, expected "NCHW" or "NHWC"')
+        take, last = feature_take_indices(self._stages, indices)
+        final = last if stop_early else self._stages - 1
+        maps = dict(zip(sorted({*take, final}), self._maps(x, sorted({*take, final}))))
+        found = [maps[i] for i in sorted(set(take))]
+        if output_fmt == "NCHW":
+            found = [x.permute(0, 3, 1, 2).contiguous() for x in found]
+        return found if intermediates_only else (maps[final], found)
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier, an identity where there is none."""
+        return self.head.fc
+
+    def _maps(self, x: Tensor, wanted: list[int]) -> list[Tensor]:
+        if x.ndim != 4 or x.shape[1] != self.in_chans or 0 in x.shape[1:]:
+            raise ValueError(f"images have shape {tuple(x.shape)}, expected (B, {self.in_chans}, H, W), H and W at least 1")
+        if x.device.type != "cpu" or not x.is_floating_point():
+            raise ValueError(f"images are {x.dtype} on {x.device}, expected floating point numbers on the CPU")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(
+                "an optimised model has no gradients; use torch.no_grad() or torch.inference_mode(), or the model itself"
+            )
+        return plan.run_network(self._network, self.instructions, self._map_dtype, x.detach().float(), wanted, self.memory)
+
+
+def _choose(name: str | None, bf16: bool) -> plan.InstructionSet:
+    if name is None:
+        return plan.best_instruction_set(bf16)
+    for instructions in plan.instruction_sets():
+        if instructions.name == name and instructions.usable:
+            return instructions
+    usable = ", ".join(s.name for s in plan.instruction_sets() if s.usable)
+    raise ValueError(f"this CPU cannot run instructions {name!r}; it runs {usable}")
