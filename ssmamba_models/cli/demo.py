@@ -70,7 +70,7 @@ def command(
     encoder = load_encoder(model, pretrained=pretrained, checkpoint=checkpoint, device=device, img_size=img_size)
     images = encoder.transform(source)[None]
     features, seconds = _timed_embed(encoder, images)
-    tokens = token_grid(encoder.model, images.to(encoder.device))[0]
+    tokens = token_grid(encoder.runner, images.to(encoder.device))[0]
     picture = draw_token_map(_as_seen(encoder, images[0]), tokens, point)
     with whole_file(out, overwrite=True) as part:
         picture.save(part)

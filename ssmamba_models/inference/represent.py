@@ -104,7 +104,8 @@ def _stage(name: str, stage: nn.Module, stem: nn.Module, packer: plan.Packer) ->
 def _block(name: str, block: nn.Module, packer: plan.Packer) -> plan.Block:
     _expect(name, block, architecture.Block)
     dms, mlp = block.dms, block.mlp
-    _expect(f"{name}.mlp", mlp, Mlp)
+    for part, module, kind in (("lpr", block.lpr, architecture.LPR), ("dms", dms, architecture.DMS), ("mlp", mlp, Mlp)):
+        _expect(f"{name}.{part}", module, kind)
     _expect(f"{name}.mlp.act", mlp.act, nn.GELU)
     _expect(f"{name}.mlp.norm", mlp.norm, nn.Identity)
     _expect(f"{name}.dms.act", dms.act, nn.SiLU)

@@ -83,8 +83,7 @@ class TileEncoder:
             if augmentation is not None:
                 images = augmentation(images)
             images = images.sub_(self._mean).div_(self._std)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.encoder.bf16):
-                return self._forward(images, maps=self._grid and augmentation is None)
+            return self._forward(images, maps=self._grid and augmentation is None)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -93,7 +92,7 @@ class TileEncoder:
             ) from error
 
     def _forward(self, images: torch.Tensor, maps: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        model = self.encoder.model
+        model = self.encoder.runner
         pool = self.encoder.pool
         if not maps:
             return pool_features(model, images, pool), None
