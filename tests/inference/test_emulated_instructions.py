@@ -59,7 +59,7 @@ def test_equals_the_model(instructions, changes):
     assert fast.instructions.bf16 == (precision == "bfloat16")
     # The widest layer's products are long: what bfloat16 rounds adds up.
     bound = SETS[instructions] * (2 if changes.get("dims", (0,))[-1] == 560 else 1)
-    for size in ((64, 64), (33, 70), (1, 7)):
+    for size in ((33, 40), (1, 7)):
         x = images(3, 3, *size)
         for result, wanted in zip(maps(fast, x), maps(model.double(), x.double()), strict=True):
             assert ((result - wanted).norm() / wanted.norm()).item() < bound
@@ -72,7 +72,7 @@ def test_packaged_weights_in_bfloat16(instructions):
     import timm
 
     model = timm.create_model("ssmamba_tiny", pretrained=True, num_classes=0).eval()
-    x = images(2, 3, 96, 96)
+    x = images(1, 3, 64, 64)
     with torch.inference_mode():
         wanted, result = model(x), PlannedSSMamba(model, "bfloat16", instructions=instructions)(x)
     assert ((result - wanted).norm() / wanted.norm()).item() < 1e-2
