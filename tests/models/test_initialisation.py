@@ -92,3 +92,13 @@ def test_layers_reset_their_own_parameters(kind):
         inner.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
     module.reset_parameters()
     assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_mlps_and_classifier_start_at_a_standard_deviation_of_002(reset):
+    model = fresh("ssmamba_tiny", num_classes=100)
+    if reset:
+        model.reset_classifier(200)
+    for layer in (model.head.fc, model.stages[1].blocks[0].mlp.fc1, model.stages[1].blocks[0].mlp.fc2):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert not layer.bias.any()
