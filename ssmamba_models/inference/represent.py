@@ -44,7 +44,7 @@ def _encoder_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _check_module(name: str, module: nn.Module) -> None:
     what = name or "the model"
-    if not (type(module) in _PLAIN or type(module).__module__.startswith("ssmamba_models.")):
+    if not (type(module) in _PLAIN or type(module).__module__ == architecture.__name__):
         raise OptimizeError(f"{what} is {type(module).__module__}.{type(module).__name__}: it was replaced; {_CURE}")
     if "forward" in vars(module):
         raise OptimizeError(f"{what} has a forward of its own; {_CURE}")

@@ -57,19 +57,6 @@ def run(cases: int, seed: int) -> None:
                 )
 
 
-def run_bias_gelu(cases: int, seed: int) -> None:
-    """The activation on random shapes, on one thread and on two."""
-    dice = random.Random(seed)
-    for number in range(cases):
-        torch.set_num_threads(1 + number % 2)
-        rows, width = dice.randint(1, 300), dice.choice([1, 15, 16, 17, 40, 256])
-        print("bias_gelu_", rows, width, flush=True)
-        x, bias = torch.randn(rows, width), torch.randn(width)
-        wanted = torch.nn.functional.gelu(x + bias)
-        backend.bias_gelu_(x, bias)
-        torch.testing.assert_close(x, wanted, atol=2e-6, rtol=2e-6)
-
-
 def run_depthwise(cases: int, seed: int) -> None:
     """The convolution of inference on random shapes, on one thread and on two."""
     dice = random.Random(seed)
@@ -100,6 +87,5 @@ if __name__ == "__main__":
         overrun()
     else:
         run(int(sys.argv[2]), seed=int(sys.argv[3]))
-        run_bias_gelu(int(sys.argv[2]), seed=int(sys.argv[3]))
         run_depthwise(int(sys.argv[2]), seed=int(sys.argv[3]))
     print("clean")

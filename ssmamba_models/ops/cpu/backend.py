@@ -68,12 +68,6 @@ class ConvArgs(ctypes.Structure):
     )
 
 
-class BiasGeluArgs(ctypes.Structure):
-    """The struct of that name in activation.c."""
-
-    _fields_ = (*((name, i64) for name in ("rows", "width")), *((name, ptr) for name in ("x", "bias")))
-
-
 class DepthwiseArgs(ctypes.Structure):
     """The struct of that name in depthwise.c."""
 
@@ -317,15 +311,7 @@ def causal_conv1d_backward(
     return dx, dweight.sum(0), dbias.sum(0)
 
 
-# ---- bias_gelu_ and depthwise3x3_ ----
-
-
-def bias_gelu_(x: Tensor, bias: Tensor) -> None:
-    """See :func:`ssmamba_models.ops.bias_gelu.bias_gelu_`; x (M, N) float32, contiguous."""
-    bias = bias.contiguous()
-    args = BiasGeluArgs(*x.shape, x.data_ptr(), bias.data_ptr())
-    _call("ssmamba_bias_gelu", args, args.rows, 1.0 * x.numel())
-    del bias
+# ---- depthwise3x3_ ----
 
 
 def depthwise3x3_(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, residual: bool) -> None:

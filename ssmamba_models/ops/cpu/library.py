@@ -18,7 +18,6 @@ FUNCTIONS = (
     "ssmamba_selective_backward",
     "ssmamba_conv_forward",
     "ssmamba_conv_backward",
-    "ssmamba_bias_gelu",
     "ssmamba_depthwise",
     "ssmamba_plan_table",
     "ssmamba_plan_workspace",
