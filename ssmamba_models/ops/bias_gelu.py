@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmamba_models.ops import dispatch
+from ssmamba_models.ops import checks, dispatch
+from ssmamba_models.ops.derivatives import register_formula
 
 
 def bias_gelu_(x: Tensor, bias: Tensor) -> Tensor:
@@ -23,13 +24,21 @@ def bias_gelu_(x: Tensor, bias: Tensor) -> Tensor:
         `x`.
 
     Raises:
-        RuntimeError: gradients are enabled.
+        RuntimeError: gradients are enabled. Tangents of forward mode are computed, by torch.
+        TypeError: an argument is no dense floating tensor.
         ValueError: another shape, dtype or device, an `x` that is not contiguous, or SSMAMBA_BACKEND names no backend.
 
     Source: GELU, arXiv:1606.08415, sec. 2.
     """
     if torch.is_grad_enabled():
         raise RuntimeError("bias_gelu_ overwrites its input and has no gradient: call it under torch.no_grad()")
+    torch.ops.ssmamba.bias_gelu_(x, bias)
+    return x
+
+
+def _check(x: Tensor, bias: Tensor) -> None:
+    """Run by the operator itself, for those who call it without the public function."""
+    checks.expect_tensors("bias_gelu_", x=x, bias=bias)
     if x.ndim != 2 or bias.shape != x.shape[1:] or bias.dtype != x.dtype or bias.device != x.device:
         raise ValueError(
             f"bias_gelu_: x is {tuple(x.shape)} {x.dtype} on {x.device} and bias {tuple(bias.shape)} {bias.dtype} on "
@@ -37,21 +46,28 @@ def bias_gelu_(x: Tensor, bias: Tensor) -> Tensor:
         )
     if not x.is_contiguous():
         raise ValueError("bias_gelu_: x is not contiguous; call x.contiguous() first")
-    torch.ops.ssmamba.bias_gelu_(x, bias)
-    return x
 
 
 # Registered, so that tracers and dispatch modes see it.
 @torch.library.custom_op("ssmamba::bias_gelu_", mutates_args=("x",))
 def _bias_gelu(x: Tensor, bias: Tensor) -> None:
+    _check(x, bias)
     if x.device.type == "cpu" and x.dtype == torch.float32 and dispatch.is_served_by("c", x.device.type):
         from ssmamba_models.ops.cpu import backend
 
         backend.bias_gelu_(x, bias)
     else:
-        x.copy_(F.gelu(x.add_(bias)))
+        x.copy_(F.gelu(x + bias))
 
 
 @_bias_gelu.register_fake
 def _fake(x: Tensor, bias: Tensor) -> None:
-    return None
+    _check(x, bias)
+
+
+def _formula(x: Tensor, bias: Tensor) -> None:
+    _check(x, bias)
+    x.copy_(F.gelu(x + bias))
+
+
+register_formula(_bias_gelu, _formula)
