@@ -119,9 +119,9 @@ def load_encoder(
         checkpoint: load the weights of this file (.safetensors, .pth, .pt or .bin), or of the folder of a
             run of `ssmamba pretrain` or `ssmamba finetune`, instead.
         device: "cpu", "cuda", "cuda:1", ...; None takes a GPU where there is one.
-        precision: "fp32", "bf16", or "auto": bf16 where a GPU computes in it. In bf16, features are good to about 2 digits.
-            On a CPU with AVX512-BF16 or AMX it is faster; without these, an ssmamba model takes as long as in fp32, any
-            other several times as long.
+        precision: "fp32", "bf16", or "auto": bf16 where a GPU computes in it. In bf16, features are good to about 2
+            digits. It is faster on a CPU with AVX512-BF16 or AMX; on others an ssmamba model takes as long as in fp32,
+            any other model several times as long.
         img_size: side of the square input in pixels; None takes the size that the checkpoint's run was
             trained at, where the file says one, else the model's own.
         seed: makes random weights the same in each run; unused where weights are loaded.

@@ -24,7 +24,7 @@ def check_representable(model: nn.Module) -> None:
     """Raises OptimizeError if anything in the encoder is not what SSMamba's own constructor builds."""
     if type(model) is not architecture.SSMamba:
         raise OptimizeError(
-            f"the model is {type(model).__name__}, a class derived from SSMamba; its plan would leave out what that adds"
+            f"the model is {type(model).__name__}, derived from SSMamba; a plan would leave out what that adds"
         )
     for name, module in _encoder_modules(model):
         _check_module(name, module)

@@ -16,7 +16,15 @@ from ssmamba_models.inference.planned import PlannedSSMamba
 from ssmamba_models.ops.cpu import library, plan
 
 SOURCES = Path(ssmamba_models.ops.cpu.__file__).parent
-FLAGS = ["-std=gnu11", "-O1", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+FLAGS = [
+    "-std=gnu11",
+    "-O1",
+    "-fopenmp-simd",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+]
 SETS = {"avx512": 1e-5, "avx512_bf16": 1e-2, "amx_bf16": 1e-2}
 
 pytestmark = [

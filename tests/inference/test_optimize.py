@@ -25,7 +25,7 @@ def test_an_ssmamba_becomes_a_plan(precision):
     assert isinstance(fast, PlannedSSMamba)
     assert fast.precision == precision
     assert plan_of(fast).startswith("fused, ")
-    assert not list(p for p in fast.parameters() if p.requires_grad)
+    assert not any(p.requires_grad for p in fast.parameters())
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name])
 
@@ -88,7 +88,10 @@ def changes(model):
     yield "norm2", swap(block, "norm2", nn.Identity())
     yield "drop_path1", swap(block, "drop_path1", nn.Dropout(0.5))
     yield "stem.conv1", swap(model.stem, "conv1", nn.Conv2d(3, 8, 5, 2, 2))
-    yield "downsample.conv", swap(model.stages[1].downsample, "conv", nn.Conv2d(16, 24, 3, 2, 1, padding_mode="reflect"))
+    yield (
+        "downsample.conv",
+        swap(model.stages[1].downsample, "conv", nn.Conv2d(16, 24, 3, 2, 1, padding_mode="reflect")),
+    )
     yield "lpr.conv", swap(block.lpr, "conv", nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False))
     yield "dms.conv", swap(block.dms, "conv", nn.Conv2d(24, 24, 3, padding=2, dilation=2, groups=24))
     yield "hooks", lambda: block.norm1.register_forward_hook(lambda *_: None)

@@ -46,7 +46,9 @@ def test_equals_the_model(instructions, precision, size):
     model, x = small(), images(3, 3, *size)
     wanted = maps(float64(model), x.double())
     bound = 1e-5 if precision == "float32" else 1e-2
-    for result, expected in zip(maps(PlannedSSMamba(model, precision, instructions=instructions), x), wanted, strict=True):
+    for result, expected in zip(
+        maps(PlannedSSMamba(model, precision, instructions=instructions), x), wanted, strict=True
+    ):
         assert result.dtype == torch.float32
         assert result.shape == expected.shape
         assert relative(result, expected) < bound

@@ -173,8 +173,9 @@ class Packer:
         self.kept.append(array)
         return ctypes.cast(array, ctypes.POINTER(kind))
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None, norm: Tensor | None = None,
-               norm_bias: Tensor | None = None) -> Linear:
+    def linear(
+        self, weight: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, norm_bias: Tensor | None = None
+    ) -> Linear:
         """Pack `weight` (n, k) and `bias` (n,). A layer norm's weight and bias (k,) before it are folded into both."""
         weight = weight.detach().double()
         n, k = weight.shape
@@ -220,7 +221,11 @@ class Packer:
         x_bias[rank : rank + directions * states] = parameters["B_bias"].detach().double().flatten()
         dt_proj = _padded(parameters["dt_proj.weight"].detach().float().t())
         return Scan(
-            scale, offset, width, rank, states,
+            scale,
+            offset,
+            width,
+            rank,
+            states,
             self.linear(parameters["x_proj.weight"], x_bias),
             self.keep(dt_proj),
             self.keep(-torch.exp(parameters["A_log"].detach().float())),
