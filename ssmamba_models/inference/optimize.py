@@ -19,28 +19,28 @@ PRECISIONS = ("float32", "bfloat16")
 def optimize(model: nn.Module, precision: str = "float32", memory: int | None = None) -> nn.Module:
     """Make an inference module of a built model: the same outputs by the same methods, faster.
 
-    An SSMamba on a CPU becomes a plan of fused operators (:class:`~ssmamba_models.inference.planned.PlannedSSMamba`), with
-    its weights packed once: later changes of the model's weights do not reach it. For any other model the best public way
-    is returned: itself in float32, or itself under bfloat16 autocast. (torch.compile is not used: on CPUs it compiles for
-    a minute or more, anew for every image size. Wrap the model yourself where that pays.)
+    An SSMamba on a CPU becomes a plan of fused operators (:class:`~ssmamba_models.inference.planned.PlannedSSMamba`),
+    with its weights packed once: later changes of the model's weights do not reach it. For any other model the best
+    public way is returned: itself in float32, or itself under bfloat16 autocast. (torch.compile is not used: on CPUs it
+    compiles for a minute or more, anew for every image size. Wrap the model yourself where that pays.)
 
-    What is not the model itself returns float32, whatever the precision, and has `precision` and `plan`, which name what
-    it computes in and by.
+    Except for the model itself, the result returns float32 whatever the precision, and has `precision` and `plan`,
+    which name what it computes in and by.
 
     Args:
         model: in eval mode. It stays as it is.
         precision: "float32", or "bfloat16" for products and maps in bfloat16 with sums, norms, scans and the residual
             stream in float32.
-        memory: for an SSMamba on a CPU, bytes of working memory above which threads share the work on each image rather
-            than take images of their own; None: 1 GiB.
+        memory: for an SSMamba on a CPU, bytes of working memory above which threads share the work on each image
+            rather than take images of their own; None: 1 GiB.
 
     Returns:
         A module with forward, forward_features, forward_head and forward_intermediates, without trainable parameters.
 
     Raises:
         ValueError: an unknown precision, or memory below 1.
-        OptimizeError: a ValueError; the model is in training mode, or an SSMamba that the plan cannot represent: one with
-            replaced layers, adapters (LoRA), hooks or parametrisations.
+        OptimizeError: a ValueError; the model is in training mode, or an SSMamba that the plan cannot represent: one
+            with replaced layers, adapters (LoRA), hooks or parametrisations.
 
     Example:
         >>> import timm, torch, ssmamba_models
@@ -62,7 +62,7 @@ def optimize(model: nn.Module, precision: str = "float32", memory: int | None = 
 
 
 def plan_of(model: nn.Module) -> str:
-    """What a model of `optimize` computes by, for provenance: "eager", "autocast", or "fused" and an instruction set."""
+    """What a model of `optimize` computes by, for provenance: "eager", "autocast", or "fused, avx2" and the like."""
     return str(getattr(model, "plan", "eager"))
 
 

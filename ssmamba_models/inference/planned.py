@@ -15,17 +15,18 @@ from ssmamba_models.ops import dispatch
 from ssmamba_models.ops.cpu import plan
 
 DEFAULT_MEMORY = 2**30
-_TOLD = ("num_classes", "num_features", "head_hidden_size", "in_chans", "drop_rate", "feature_info", "output_fmt")
-_TOLD += ("pretrained_cfg", "default_cfg")
+_TOLD = ["num_classes", "num_features", "head_hidden_size", "in_chans", "drop_rate", "feature_info", "output_fmt"]
+_TOLD += ["pretrained_cfg", "default_cfg"]
 
 
 class PlannedSSMamba(nn.Module):
     """The encoder as fused C operators, which read and write each map a few times only, and in the caches.
 
     A block is five kinds of operators: LPR; LayerNorm and W_in; the depthwise convolution and SiLU; for each scale
-    pooling, the scan's projections and the scan; then, for some dozens of tokens at a time, everything up to the block's
-    end: upsampling, LayerNorm, W_out, the residual, LayerNorm and the MLP. LayerNorms' weights are folded into the linear
-    layers after them. Threads take images of their own where there are enough, else they share each operator.
+    pooling, the scan's projections and the scan; then, for some dozens of tokens at a time, everything up to the
+    block's end: upsampling, LayerNorm, W_out, the residual, LayerNorm and the MLP. LayerNorms' weights are folded into
+    the linear layers after them. Threads take images of their own where there are enough, otherwise they share
+    each operator.
 
     With bfloat16, the packed weights, the inputs of products and the maps between operators are bfloat16; sums, norms,
     activations, the scan's states and the residual stream are float32. A CPU without bfloat16 products multiplies in

@@ -168,7 +168,7 @@ class Packer:
         self.kept.append(x)
         return x.data_ptr()
 
-    def array(self, kind: type, items: Sequence[ctypes.Structure]) -> Any:
+    def array(self, kind: Any, items: Sequence[ctypes.Structure]) -> Any:
         array = (kind * max(1, len(items)))(*items)
         self.kept.append(array)
         return ctypes.cast(array, ctypes.POINTER(kind))
