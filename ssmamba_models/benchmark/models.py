@@ -41,7 +41,8 @@ class ModelsPlan:
         device: "cpu" or "cuda".
         dtype: "float32", "bfloat16" (autocast over float32 weights), or "both", one after the other.
         train: measure training steps, not inference.
-        compile: measure each model through torch.compile as well (inductor; frozen weights in inference).
+        compile: measure each model that is not optimized through torch.compile as well (inductor; frozen weights in
+            inference).
         layout: of images and convolution weights; "auto" gives each model and dtype the one that it runs faster in.
         allocator: "system" leaves malloc as this process has it; "kept" makes the process keep large freed blocks, as
             `ssmamba extract` and the other commands do (engine.process_memory), from here on; "both" does one after the
@@ -187,12 +188,13 @@ def _contenders(plan: ModelsPlan, dtype: str, threads: int, progress: Progress) 
     for name in (plan.model, *plan.peers):
         eager = StepSpec(name, size, plan.batch_for(size), plan.device, dtype, plan.train, threads=threads)
         eager = replace(eager, channels_last=plan.layout == "channels_last")
-        modes = [replace(eager, mode="optimized"), eager] if _is_optimized(plan, name) else [eager]
+        optimized = _is_optimized(plan, name)
+        modes = [replace(eager, mode="optimized"), eager] if optimized else [eager]
         if plan.layout == "auto":
             progress(f"{name}, {dtype}: choosing a layout")
             modes = [_faster_layout(spec) for spec in modes]
         yield from modes
-        if plan.compile:
+        if plan.compile and not optimized:
             yield replace(modes[-1], mode="compiled")
 
 

@@ -205,8 +205,8 @@ class _Mamim:
     def __init__(self, plan: TrainPlan, tiles: LabelledTiles, progress: Progress) -> None:
         torch.manual_seed(0)
         self.plan, self.tiles, self.progress = plan, tiles, progress
-        self.losses: dict[str, nn.Module] = {"mamim": _MamimLoss(plan), "mae": _MaeLoss(plan)}
         self.batch = _first_batch(plan, tiles)
+        self.losses: dict[str, nn.Module] = {"mamim": _MamimLoss(plan), "mae": _MaeLoss(plan)}
 
     def rows(self, dtype: str, allocator: str) -> list[dict]:
         plan = self.plan

@@ -131,7 +131,7 @@ def ops(
 )
 @_DTYPE
 @click.option("--train", is_flag=True, help="Measure supervised training steps instead of inference.")
-@click.option("--compile", "compiled", is_flag=True, help="Measure each through torch.compile too; takes minutes.")
+@click.option("--compile", "compiled", is_flag=True, help="Measure peers through torch.compile too; takes minutes.")
 @click.option(
     "--layout",
     type=click.Choice(LAYOUTS),

@@ -126,8 +126,8 @@ def test_report_is_json_and_the_table_fits(report):
 
 
 def test_supervised_and_self_supervised_steps_in_one_report(labelled_tiles):
-    plan = {**TINY, "method": "both", "dtype": "both", "peers": ("test_convnext",), "data": str(labelled_tiles)}
-    report = run_train(TrainPlan(**plan))
+    plan = {**TINY, "method": "both", "dtype": "both", "peers": ("test_convnext",), "batch_size": 2, "wait_steps": 1}
+    report = run_train(TrainPlan(**plan, data=str(labelled_tiles)))
     kinds = [("test_ssmamba", "supervised"), ("test_convnext", "supervised")]
     kinds += [("test_ssmamba", "mamim"), ("test_vit", "mae")]
     assert [(row["dtype"], row["model"], row["method"]) for row in report["results"]] == [
@@ -135,7 +135,7 @@ def test_supervised_and_self_supervised_steps_in_one_report(labelled_tiles):
     ]
     for row in report["results"]:
         assert (row["ours_over_peer"] is None) == (row["model"] == "test_ssmamba")
-        assert row["batch_size"] == 4
+        assert row["batch_size"] == 2
     assert report["data"]["dtype"] == "bfloat16"
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert max(len(line) for line in format_train(report).splitlines() if not line.startswith("data: ")) <= 120
