@@ -173,7 +173,7 @@ def models(
 
     \b
     Example:
-      ssmamba benchmark models --sizes 224,512 --dtype both --allocator both --compile
+      ssmamba benchmark models --dtype both --allocator both --compile
 
     Exit code: 0 measured, 2 bad input.
     """
