@@ -175,6 +175,23 @@ def test_an_eager_step_computes_in_its_dtype(dtype, seen):
     assert found == [seen]
 
 
+def test_an_optimized_step_gets_its_precision_and_no_autocast(monkeypatch):
+    seen = []
+
+    class Plan(torch.nn.Identity):
+        def forward(self, images):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return images
+
+    def optimize(model, precision):
+        seen.append(precision)
+        return Plan()
+
+    monkeypatch.setattr("ssmamba_models.inference.optimize", optimize)
+    ModelStep(StepSpec("test_ssmamba", 64, 1, dtype="bfloat16", mode="optimized"))()
+    assert seen == ["bfloat16", False]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, g++")
 def test_compiled_models_get_rows_of_their_own():
