@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ssmamba_models.benchmark.machine import describe_machine, machine_line, require_device
+from ssmamba_models.benchmark.machine import describe_machine, machine_text, require_device
 from ssmamba_models.benchmark.memory import lower_high_water_mark
 from ssmamba_models.benchmark.models import DEFAULT_MODEL
 from ssmamba_models.benchmark.report import format_table
@@ -169,7 +169,7 @@ def format_extract(report: dict) -> str:
         f"{added}"
         f"{settings['model']}, tiles of {settings['tile_size']} px in batches of {settings['batch_size']}, slide of "
         f"{slide['width']} x {slide['height']} px\n"
-        f"{machine_line(report['machine'])}\n"
+        f"{machine_text(report['machine'])}\n"
         "alone: the model on one batch, before and after each round. waits: for tiles, which on a CPU are read in turn "
         "with it.\npeak: this process and those that read tiles."
     )

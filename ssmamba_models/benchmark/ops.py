@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ssmamba_models.benchmark.bandwidth import copy_bandwidth
-from ssmamba_models.benchmark.machine import describe_machine, machine_line, require_device
+from ssmamba_models.benchmark.machine import describe_machine, machine_text, require_device
 from ssmamba_models.benchmark.op_cases import CASES, OPS, OpCase, OpInputs, make_inputs
 from ssmamba_models.benchmark.op_contenders import (
     CONV1D,
@@ -112,7 +112,7 @@ def format_ops(report: dict) -> str:
             rows.append((title,))
         rows.append(_table_row(row))
     notes = [
-        f"{report['settings']['dtype']}; {machine_line(report['machine'])}",
+        f"{report['settings']['dtype']}; {machine_text(report['machine'])}",
         "x: times faster. error: largest difference from the float64 definition over its largest value.",
         f"of floor: time over that of moving the bytes once at the {report['copy_gb_per_s']:.0f} GB/s at which this",
         "device copies; on a CPU, data that stay in the caches beat it. +-%: half the quartiles' distance.",

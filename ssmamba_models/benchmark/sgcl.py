@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ssmamba_models.benchmark.machine import describe_machine, machine_line, require_device
+from ssmamba_models.benchmark.machine import describe_machine, machine_text, require_device
 from ssmamba_models.benchmark.memory import MIB, growth_mib
 from ssmamba_models.benchmark.report import format_table, optional_number
 from ssmamba_models.benchmark.timing import Call, thread_count, time_interleaved
@@ -237,7 +237,7 @@ def format_sgcl(report: dict) -> str:
         f"banks: {held['measured']:.0f} MiB, of a million tiles {held['million']:.0f} MiB\n"
         f"{settings['vectors']:,} tiles, {settings['dim']}-d, features {settings['embed_dim']}-d, batches of "
         f"{settings['batch_size']}, k-means of {settings['kmeans']}\n"
-        f"{machine_line(report['machine'])}\n"
+        f"{machine_text(report['machine'])}\n"
         "MiB: on top of the banks, at the peak. An epoch has three k-means. 1 M: on the line through N and N / 4;\n"
         "memory of what goes in chunks (nearest entries, hard negatives) levels off below it."
     )
