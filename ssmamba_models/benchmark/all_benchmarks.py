@@ -9,22 +9,20 @@ from typing import Any
 
 import torch
 
+from ssmamba_models.benchmark.defaults import TITLE
 from ssmamba_models.benchmark.extract import ExtractBenchmark, format_extract, run_extract
 from ssmamba_models.benchmark.machine import describe_machine, machine_line, require_device
 from ssmamba_models.benchmark.models import ModelsPlan, format_models, run_models
 from ssmamba_models.benchmark.op_cases import OpCase
 from ssmamba_models.benchmark.ops import OpsPlan, format_ops, run_ops
 from ssmamba_models.benchmark.sgcl import SgclBenchmark, format_sgcl, run_sgcl
-from ssmamba_models.benchmark.timing import thread_count
 from ssmamba_models.benchmark.train import TrainPlan, format_train, run_train
 from ssmamba_models.engine.process_memory import keep_large_blocks
 from ssmamba_models.evaluation.markdown_table import markdown_table
 from ssmamba_models.notice import one_line
+from ssmamba_models.threads import use_threads
 
 Progress = Callable[[str], None]
-
-# The first line of the page, by which a report of something else is known.
-TITLE = "# Benchmarks"
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class AllPlan:
 
     Attributes:
         device: "cpu" or "cuda".
-        threads: CPU threads; None for torch's own number.
+        threads: CPU threads; None for the cores that this process may use.
         quick: tiny models on small inputs, to see that everything runs; the numbers mean nothing.
     """
 
@@ -134,7 +132,7 @@ def run_all(plan: AllPlan, progress: Progress = lambda line: None) -> dict:
         ValueError: a device that is not here, or a number of threads out of range.
     """
     require_device(plan.device)
-    with thread_count(plan.threads):
+    with use_threads(plan.threads):
         machine = describe_machine(plan.device)
     begun, reports, ratios = time.monotonic(), {}, []
     for name, part in make_parts(plan).items():

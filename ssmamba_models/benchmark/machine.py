@@ -17,7 +17,7 @@ from ssmamba_models.cores import count_cores
 def describe_machine(device: torch.device | str = "cpu") -> dict:
     """Processor, cores, threads, versions, GPU and date, ready for a JSON report.
 
-    `threads` is the number in force now, so call it inside `thread_count`. `load_average` is the mean number
+    `threads` is the number in force now, so call it inside `use_threads`. `load_average` is the mean number
     of running processes over the last minute, before the run: much above zero, others were at work.
     """
     return {

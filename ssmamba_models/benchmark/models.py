@@ -9,20 +9,23 @@ from dataclasses import dataclass, field, replace
 import timm
 import torch
 
+from ssmamba_models.benchmark.defaults import (
+    ALLOCATORS,
+    DEFAULT_MODEL,
+    DEFAULT_PEERS,
+    DEFAULT_SIZES,
+    DTYPES,
+    LAYOUTS,
+)
 from ssmamba_models.benchmark.machine import describe_machine, machine_line, require_device
 from ssmamba_models.benchmark.memory import measure_peak_mib
 from ssmamba_models.benchmark.model_step import ModelStep, StepSpec
 from ssmamba_models.benchmark.report import format_table, optional_number
-from ssmamba_models.benchmark.timing import Timing, best_of, speedup, thread_count, time_interleaved
+from ssmamba_models.benchmark.timing import Timing, best_of, speedup, time_interleaved
 from ssmamba_models.engine.process_memory import keep_large_blocks, large_blocks_kept
 from ssmamba_models.notice import first_line
+from ssmamba_models.threads import use_threads
 
-DEFAULT_MODEL = "ssmamba_small"
-DEFAULT_PEERS = ("vit_small_patch16_224", "mambaout_tiny", "convnext_tiny")
-DEFAULT_SIZES = (224, 512, 1024)
-DTYPES = ("float32", "bfloat16")
-ALLOCATORS = ("system", "kept")
-LAYOUTS = ("auto", "contiguous", "channels_last")
 REFERENCE_SIZE = 512  # time per pixel is quoted against that at this size
 
 # Pixels in a batch, unless one image of the largest size has more: enough to keep the device busy.
@@ -50,7 +53,7 @@ class ModelsPlan:
             models of large activations, so both are worth knowing. Settings of the report say what was the case.
         memory: measure peak memory (a fresh process for each model and size on a CPU).
         rounds: samples per model and size.
-        threads: CPU threads inside an operator; None for torch's own number.
+        threads: CPU threads inside an operator; None for the cores that this process may use.
         budget_s: seconds per size after which no further round begins.
     """
 
@@ -121,7 +124,7 @@ def run_models(plan: ModelsPlan, progress: Progress = lambda line: None) -> dict
             "--allocator kept: malloc does not keep large blocks here: it is not glibc's, or an old one, or tuned by "
             "GLIBC_TUNABLES or MALLOC_* in the environment; unset these, or use --allocator system"
         )
-    with thread_count(plan.threads) as threads:
+    with use_threads(plan.threads) as threads:
         machine = describe_machine(plan.device)
         specs = _choose_layouts(plan, threads, progress)
         entries = [entry for size in plan.sizes for entry in _measure_size(plan, size, specs, progress)]

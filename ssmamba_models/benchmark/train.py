@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ssmamba_models.benchmark.defaults import DEFAULT_MODEL, DEFAULT_PEER
 from ssmamba_models.benchmark.machine import describe_machine, machine_line, require_device
 from ssmamba_models.benchmark.mae import MaskedAutoencoder
 from ssmamba_models.benchmark.model_step import DTYPES
-from ssmamba_models.benchmark.models import DEFAULT_MODEL, require_model
+from ssmamba_models.benchmark.models import require_model
 from ssmamba_models.benchmark.report import format_table, optional_number
-from ssmamba_models.benchmark.timing import Timing, speedup, thread_count, time_interleaved
+from ssmamba_models.benchmark.timing import Timing, speedup, time_interleaved
 from ssmamba_models.data.labelled import LabelledTiles, read_tiles
 from ssmamba_models.data.seeded import SeededTiles, collate_seeded
 from ssmamba_models.data.synthetic import write_synthetic_tiles
@@ -27,8 +28,8 @@ from ssmamba_models.engine.loop import to_device
 from ssmamba_models.engine.processes import default_workers
 from ssmamba_models.ssl.mamim import MAMIM
 from ssmamba_models.ssl.mamim_views import MamimViews
+from ssmamba_models.threads import use_threads
 
-DEFAULT_PEER = "vit_small_patch16_224"
 BATCH_SIZE = {"cpu": 8, "cuda": 128}
 PREFETCH = 2  # batches that a worker keeps ready
 SYNTHETIC_TILES_PER_KIND = 16
@@ -51,7 +52,7 @@ class TrainPlan:
         device: "cpu" or "cuda".
         dtype: "float32", or "bfloat16" for autocast.
         rounds: samples per contender.
-        threads: CPU threads inside an operator; None for torch's own number.
+        threads: CPU threads inside an operator; None for the cores that this process may use.
         budget_s: seconds after which no further round begins.
     """
 
@@ -129,7 +130,7 @@ def run_train(plan: TrainPlan, progress: Progress = lambda line: None) -> dict:
         OSError: the folder of tiles cannot be read.
     """
     _check(plan)
-    with thread_count(plan.threads) as threads, _tiles(plan, progress) as tiles:
+    with use_threads(plan.threads) as threads, _tiles(plan, progress) as tiles:
         machine = describe_machine(plan.device)
         torch.manual_seed(0)
         loader = _loader(plan, tiles)

@@ -60,6 +60,7 @@ SAME = {
     "--resume": "flag",
     "--overwrite": "flag",
     "--quiet": "flag",
+    "--threads": "integer",
     "--precision": "choice",
 }
 # What must not come back as another name for the same.
@@ -184,7 +185,7 @@ def test_what_the_package_warns_of_is_one_line(tmp_path):
 
 
 def test_ctrl_c_is_not_taken_for_items_that_failed(ssmamba, monkeypatch):
-    from ssmamba_models.cli import embed
+    from ssmamba_models.engine import embed
 
     def stop(*arguments, **options):
         raise KeyboardInterrupt

@@ -36,7 +36,7 @@ def open_library() -> tuple[ctypes.CDLL | None, str]:
             function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
             function.restype = ctypes.c_int
         team = library.ssmamba_team_run
-        team.argtypes = (*(ctypes.c_void_p,) * 3, ctypes.c_uint, *(ctypes.c_void_p,) * 2, ctypes.c_int64)
+        team.argtypes = (ctypes.c_void_p, ctypes.c_uint, *(ctypes.c_void_p,) * 2, *(ctypes.c_int64,) * 2)
         team.restype = ctypes.c_int
     except (OSError, AttributeError) as error:
         return None, f"the C kernels could not be loaded ({error})"
