@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ssmamba_models.benchmark.defaults import TITLE
 from ssmamba_models.benchmark.extract import ExtractBenchmark, format_extract, run_extract
 from ssmamba_models.benchmark.machine import describe_machine, machine_text, require_device
 from ssmamba_models.benchmark.models import ModelsPlan, run_models
@@ -16,16 +17,13 @@ from ssmamba_models.benchmark.models_table import format_models
 from ssmamba_models.benchmark.op_cases import OpCase
 from ssmamba_models.benchmark.ops import OpsPlan, format_ops, run_ops
 from ssmamba_models.benchmark.sgcl import SgclBenchmark, format_sgcl, run_sgcl
-from ssmamba_models.benchmark.timing import thread_count
 from ssmamba_models.benchmark.train import TrainPlan, format_train, run_train
 from ssmamba_models.engine.process_memory import keep_large_blocks
 from ssmamba_models.evaluation.markdown_table import markdown_table
 from ssmamba_models.notice import one_line
+from ssmamba_models.threads import use_threads
 
 Progress = Callable[[str], None]
-
-# The first line of the page, by which a report of something else is known.
-TITLE = "# Benchmarks"
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class AllPlan:
 
     Attributes:
         device: "cpu" or "cuda".
-        threads: CPU threads; None for torch's own number.
+        threads: CPU threads; None for the cores that this process may use.
         quick: tiny models on small inputs, to see that everything runs; the numbers mean nothing.
     """
 
@@ -138,7 +136,7 @@ def run_all(plan: AllPlan, progress: Progress = lambda line: None) -> dict:
         ValueError: a device that is not here, or a number of threads out of range.
     """
     require_device(plan.device)
-    with thread_count(plan.threads):
+    with use_threads(plan.threads):
         machine = describe_machine(plan.device)
     begun, reports, ratios = time.monotonic(), {}, []
     for name, part in make_parts(plan).items():

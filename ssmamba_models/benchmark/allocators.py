@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 from ssmamba_models.engine.process_memory import can_keep_large_blocks, keep_large_blocks, large_blocks_kept
 
-ALLOCATORS = ("system", "kept", "both")
-
 _CANNOT_KEEP = (
     "malloc cannot keep large blocks here: it is not glibc, is too old, or is tuned by GLIBC_TUNABLES or MALLOC_* in "
     "the environment; unset these, or use --allocator system"

@@ -33,7 +33,7 @@ _BF16 = {"AVX512-BF16", "AMX-BF16", "BF16"}
 def describe_machine(device: torch.device | str = "cpu") -> dict:
     """Processor, instruction sets, cores, threads, versions, GPU and date, ready for a JSON report.
 
-    `threads` is the number in force now, so call it inside `thread_count`. `load_average` is the mean number of
+    `threads` is the number in force now, so call it inside `use_threads`. `load_average` is the mean number of
     running processes over the minute before this process first asked: later ones would count its own work.
     `bf16_hardware` says whether the device has bf16 instructions. What the system does not tell is None.
     """

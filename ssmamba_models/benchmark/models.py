@@ -9,18 +9,22 @@ from dataclasses import asdict, dataclass, field, replace
 import timm
 import torch
 
-from ssmamba_models.benchmark.allocators import ALLOCATORS, in_turn
+from ssmamba_models.benchmark.allocators import in_turn
+from ssmamba_models.benchmark.defaults import (
+    ALLOCATORS,
+    DEFAULT_MODEL,
+    DEFAULT_PEERS,
+    DEFAULT_SIZES,
+    DTYPE_CHOICES,
+    LAYOUTS,
+)
 from ssmamba_models.benchmark.machine import describe_machine, require_device
 from ssmamba_models.benchmark.memory import measure_peak_mib
 from ssmamba_models.benchmark.model_step import DTYPES, ModelStep, StepSpec, count_work
-from ssmamba_models.benchmark.timing import Timing, best_of, speedup, thread_count, time_interleaved
+from ssmamba_models.benchmark.timing import Timing, best_of, speedup, time_interleaved
 from ssmamba_models.notice import first_line
+from ssmamba_models.threads import use_threads
 
-DEFAULT_MODEL = "ssmamba_small"
-DEFAULT_PEERS = ("vit_small_patch16_224", "mambaout_tiny", "convnext_tiny")
-DEFAULT_SIZES = (224, 512, 1024)
-DTYPE_CHOICES = (*DTYPES, "both")
-LAYOUTS = ("auto", "contiguous", "channels_last")
 REFERENCE_SIZE = 512  # time per pixel is quoted against that at this size
 
 # Pixels in a batch, unless one image of the largest size has more: enough to keep the device busy.
@@ -49,7 +53,7 @@ class ModelsPlan:
             other. It decides much for models of large activations. Each row says which it was.
         memory: measure peak memory (a fresh process for each model and size on a CPU); not of what is compiled.
         rounds: samples of each contender.
-        threads: CPU threads inside an operator; None for torch's own number.
+        threads: CPU threads inside an operator; None for the cores that this process may use.
         budget_s: seconds per size, dtype and allocator after which no further round begins.
     """
 
@@ -125,7 +129,7 @@ def run_models(plan: ModelsPlan, progress: Progress = lambda line: None) -> dict
             cannot be kept.
     """
     _check(plan)
-    with thread_count(plan.threads) as threads:
+    with use_threads(plan.threads) as threads:
         machine = describe_machine(plan.device)
         entries = list(_measure(plan, threads, progress))
     settings = {**asdict(plan), "peers": list(plan.peers), "sizes": list(plan.sizes), "threads": threads}

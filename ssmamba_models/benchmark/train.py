@@ -15,22 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ssmamba_models.benchmark.allocators import ALLOCATORS, in_turn
+from ssmamba_models.benchmark.allocators import in_turn
+from ssmamba_models.benchmark.defaults import (
+    ALLOCATORS,
+    DEFAULT_MODEL,
+    DEFAULT_PEER,
+    DEFAULT_PEERS,
+    DTYPE_CHOICES,
+    METHODS,
+)
 from ssmamba_models.benchmark.machine import describe_machine, machine_text, require_device
 from ssmamba_models.benchmark.mae import MaskedAutoencoder
 from ssmamba_models.benchmark.model_step import DTYPES
-from ssmamba_models.benchmark.models import (
-    DEFAULT_MODEL,
-    DEFAULT_PEERS,
-    DTYPE_CHOICES,
-    ModelsPlan,
-    require_known,
-    require_model,
-    run_models,
-)
+from ssmamba_models.benchmark.models import ModelsPlan, require_known, require_model, run_models
 from ssmamba_models.benchmark.models_table import spread
 from ssmamba_models.benchmark.report import format_table, optional_number
-from ssmamba_models.benchmark.timing import Timing, speedup, thread_count, time_interleaved
+from ssmamba_models.benchmark.timing import Timing, speedup, time_interleaved
 from ssmamba_models.benchmark.train_step import TrainStep
 from ssmamba_models.data.labelled import LabelledTiles, read_tiles
 from ssmamba_models.data.seeded import SeededTiles, collate_seeded
@@ -39,9 +39,8 @@ from ssmamba_models.engine.loop import to_device
 from ssmamba_models.engine.processes import default_workers
 from ssmamba_models.ssl.mamim import MAMIM
 from ssmamba_models.ssl.mamim_views import MamimViews
+from ssmamba_models.threads import use_threads
 
-DEFAULT_PEER = "vit_small_patch16_224"
-METHODS = ("supervised", "mamim", "both")
 BATCH_SIZE = {"cpu": 8, "cuda": 128}
 PREFETCH = 2  # batches that a worker keeps ready
 SYNTHETIC_TILES_PER_KIND = 16
@@ -68,7 +67,7 @@ class TrainPlan:
         allocator: "system" leaves malloc as this process has it, "kept" keeps large blocks, "both" does one after the
             other (see `benchmark.models.ModelsPlan`).
         rounds: samples per contender.
-        threads: CPU threads inside an operator; None for torch's own number.
+        threads: CPU threads inside an operator; None for the cores that this process may use.
         budget_s: seconds per comparison after which no further round begins.
     """
 
@@ -132,7 +131,7 @@ def run_train(plan: TrainPlan, progress: Progress = lambda line: None) -> dict:
         OSError: the folder of tiles cannot be read.
     """
     _check(plan)
-    with thread_count(plan.threads) as threads, _mamim(plan, progress) as mamim:
+    with use_threads(plan.threads) as threads, _mamim(plan, progress) as mamim:
         machine = describe_machine(plan.device)
         rows = []
         for allocator in in_turn(plan.allocator):

@@ -8,28 +8,23 @@ from typing import Any
 
 import click
 
-from ssmamba_models.benchmark.all_benchmarks import TITLE, AllPlan, markdown_all, run_all
-from ssmamba_models.benchmark.allocators import ALLOCATORS
-from ssmamba_models.benchmark.extract import ExtractBenchmark, format_extract, run_extract
-from ssmamba_models.benchmark.models import (
+from ssmamba_models.benchmark.defaults import (
+    ALLOCATORS,
     DEFAULT_MODEL,
+    DEFAULT_PEER,
     DEFAULT_PEERS,
     DEFAULT_SIZES,
     DTYPE_CHOICES,
     LAYOUTS,
-    ModelsPlan,
-    run_models,
+    METHODS,
+    OP_DTYPES,
+    OPS,
+    TITLE,
 )
-from ssmamba_models.benchmark.models_table import format_models
-from ssmamba_models.benchmark.op_cases import OPS
-from ssmamba_models.benchmark.ops import DTYPES as OP_DTYPES
-from ssmamba_models.benchmark.ops import OpsPlan, format_ops, run_ops
-from ssmamba_models.benchmark.sgcl import SgclBenchmark, format_sgcl, run_sgcl
-from ssmamba_models.benchmark.train import DEFAULT_PEER, METHODS, TrainPlan, format_train, run_train
-from ssmamba_models.cli.options import add_options, check_json, json_option, write_results
+from ssmamba_models.choices import KMEANS
+from ssmamba_models.cli.options import add_options, check_json, json_option, threads_option, write_results
 from ssmamba_models.engine.process_memory import keep_large_blocks
 from ssmamba_models.output import check_output, whole_file
-from ssmamba_models.ssl.propagation import KMEANS
 
 
 @click.group()
@@ -50,7 +45,7 @@ def command(ctx: click.Context) -> None:
 
 _COMMON = (
     click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to run."),
-    click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]"),
+    threads_option,
     click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Samples each."),
     json_option,
 )
@@ -79,9 +74,7 @@ def _common_options(function: Callable) -> Callable:
 @command.command("ops")
 @click.option("--op", "ops", multiple=True, type=click.Choice(OPS), help="Measure this operator; repeatable.")
 @click.option("--backend", "backends", multiple=True, help="Measure this backend; repeatable.  [default: all]")
-@click.option(
-    "--dtype", type=click.Choice(tuple(OP_DTYPES)), default="float32", show_default=True, help="Of activations."
-)
+@click.option("--dtype", type=click.Choice(OP_DTYPES), default="float32", show_default=True, help="Of activations.")
 @click.option("--budget", default=60.0, show_default=True, help="Seconds per case before rounds are cut.")
 @_common_options
 def ops(
@@ -102,6 +95,8 @@ def ops(
 
     Exit code: 0 measured, 2 bad input.
     """
+    from ssmamba_models.benchmark.ops import OpsPlan, format_ops, run_ops
+
     plan = OpsPlan(
         ops=ops or None,
         backends=backends or None,
@@ -177,6 +172,9 @@ def models(
 
     Exit code: 0 measured, 2 bad input.
     """
+    from ssmamba_models.benchmark.models import ModelsPlan, run_models
+    from ssmamba_models.benchmark.models_table import format_models
+
     plan = ModelsPlan(
         model=model,
         peers=_split(peers),
@@ -240,6 +238,8 @@ def train(json_path: Path | None, budget: float, peers: str, allocator: str | No
 
     Exit code: 0 measured, 2 bad input.
     """
+    from ssmamba_models.benchmark.train import TrainPlan, format_train, run_train
+
     if allocator is None:
         keep_large_blocks()
     plan = TrainPlan(**options, peers=_split(peers), allocator=allocator or "system", budget_s=budget)
@@ -253,7 +253,7 @@ def train(json_path: Path | None, budget: float, peers: str, allocator: str | No
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Tiles per forward pass.")
 @click.option("--workers", type=click.IntRange(0), help="Processes that read tiles.  [default: chosen by the device]")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to run.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]")
+@threads_option
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Runs.")
 @json_option
 def extract(json_path: Path | None, **options: Any) -> None:
@@ -267,6 +267,8 @@ def extract(json_path: Path | None, **options: Any) -> None:
 
     Exit code: 0 measured, 2 bad input.
     """
+    from ssmamba_models.benchmark.extract import ExtractBenchmark, format_extract, run_extract
+
     _run(run_extract, ExtractBenchmark(**options), format_extract, json_path)
 
 
@@ -278,7 +280,7 @@ def extract(json_path: Path | None, **options: Any) -> None:
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Measure peak memory.")
 @click.option("--budget", default=300.0, show_default=True, help="Seconds before rounds are cut.")
 @click.option("--device", metavar="cpu|cuda", help="Where to run.  [default: a GPU where there is one]")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]")
+@threads_option
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Samples each.")
 @json_option
 def sgcl(json_path: Path | None, budget: float, **options: Any) -> None:
@@ -292,13 +294,15 @@ def sgcl(json_path: Path | None, budget: float, **options: Any) -> None:
 
     Exit code: 0 measured, 2 bad input.
     """
+    from ssmamba_models.benchmark.sgcl import SgclBenchmark, format_sgcl, run_sgcl
+
     _run(run_sgcl, SgclBenchmark(**options, budget_s=budget), format_sgcl, json_path)
 
 
 @command.command("all")
 @click.option("--quick", is_flag=True, help="Tiny models on small inputs: to see that everything runs.")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to run.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]")
+@threads_option
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for report.md, which must exist.  [default: none]")
 @json_option
 def everything(json_path: Path | None, out: Path | None, **options: Any) -> None:
@@ -312,6 +316,8 @@ def everything(json_path: Path | None, out: Path | None, **options: Any) -> None
 
     Exit code: 0 measured, 2 bad input.
     """
+    from ssmamba_models.benchmark.all_benchmarks import AllPlan, markdown_all, run_all
+
     page = None if out is None else _check_page(out / "report.md")
     check_json(json_path)
     report = run_all(AllPlan(**options), progress=lambda line: click.echo(line, err=True))

@@ -13,6 +13,7 @@ from ssmamba_models.inference.represent import build_network, check_representabl
 from ssmamba_models.models import SSMamba
 from ssmamba_models.ops import dispatch
 from ssmamba_models.ops.cpu import plan
+from ssmamba_models.ops.derivatives import has_tangents
 
 DEFAULT_MEMORY = 2**30
 _TOLD = ["num_classes", "num_features", "head_hidden_size", "in_chans", "drop_rate", "feature_info", "output_fmt"]
@@ -131,7 +132,7 @@ class PlannedSSMamba(nn.Module):
             )
         if x.device.type != "cpu" or not x.is_floating_point():
             raise ValueError(f"images are {x.dtype} on {x.device}, expected floating point numbers on the CPU")
-        if torch.is_grad_enabled() and x.requires_grad:
+        if (torch.is_grad_enabled() and x.requires_grad) or has_tangents(x):
             raise RuntimeError(
                 "an optimised model has no gradients; use torch.no_grad() or inference_mode(), or the model itself"
             )

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ssmamba_models.choices import POOLS
 from ssmamba_models.engine.encoder import Encoder
-from ssmamba_models.engine.feature_pool import POOLS, last_maps, pool_features, pool_maps
+from ssmamba_models.engine.feature_pool import last_maps, pool_features, pool_maps
 from ssmamba_models.engine.short_memory import out_of_memory
 from ssmamba_models.wsi.shared_aug import SharedAugmentation
 

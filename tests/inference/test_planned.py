@@ -222,6 +222,8 @@ def test_what_it_cannot_do_is_refused():
         fast(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="has no gradients"):
         fast(images(1, 3, 8, 8).requires_grad_())
+    with pytest.raises(RuntimeError, match="has no gradients"):
+        torch.func.jvp(fast, (images(1, 3, 8, 8),), (images(1, 3, 8, 8),))
     with pytest.raises(RuntimeError, match="for inference alone"):
         fast.train()
     with pytest.raises(ValueError, match="cannot run instructions 'mmx'; it runs generic"):

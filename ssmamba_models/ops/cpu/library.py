@@ -50,6 +50,6 @@ def load(path: str) -> ctypes.CDLL:
         function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
         function.restype = ctypes.c_int64 if name.startswith("ssmamba_plan") else ctypes.c_int
     team = library.ssmamba_team_run
-    team.argtypes = (*(ctypes.c_void_p,) * 3, ctypes.c_uint, *(ctypes.c_void_p,) * 2, ctypes.c_int64)
+    team.argtypes = (ctypes.c_void_p, ctypes.c_uint, *(ctypes.c_void_p,) * 2, *(ctypes.c_int64,) * 2)
     team.restype = ctypes.c_int
     return library

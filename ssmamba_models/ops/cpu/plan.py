@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmamba_models.ops.alignment import aligned
 from ssmamba_models.ops.cpu import library
 from ssmamba_models.ops.cpu.threads import run_tasks
 
@@ -262,6 +263,7 @@ def run_network(
     Returns:
         Maps (B, h, w, dim) float32, in the order of `wanted`.
     """
+    images = aligned(images)
     batch, _, height, width = images.shape
     maps = []
     run = _Run(ctypes.pointer(network), batch, height, width, images.data_ptr())
