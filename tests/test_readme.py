@@ -186,4 +186,5 @@ def test_the_version_is_the_same_everywhere():
     (bibtex,) = [text for _, text in blocks("bibtex")]
     assert f"version = {{{__version__}}}" in bibtex
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.findall(r"^## (\S+)", changelog, re.MULTILINE)[0] == __version__
+    sections = re.findall(r"^## (\S+)", changelog, re.MULTILINE)
+    assert next(name for name in sections if name != "Unreleased") == __version__

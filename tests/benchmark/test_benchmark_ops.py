@@ -95,7 +95,7 @@ def test_low_precision_is_measured_against_the_same_rounded_inputs(dtype):
         (OpsPlan(dtype="int8"), "dtype 'int8' is unknown"),
         (OpsPlan(passes=["sideways"]), "pass 'sideways' is unknown"),
         (OpsPlan(rounds=0), "rounds must be at least 1"),
-        (OpsPlan(threads=0, cases=()), "threads must be at least 1"),
+        (OpsPlan(threads=0, cases=()), "threads is 0, expected a whole number"),
         (OpsPlan(device="cuda:99"), "device 'cuda:99'"),
     ],
 )

@@ -196,7 +196,7 @@ def test_names_in_the_help_are_those_that_there_are():
 
     assert sorted(choices.METHODS) == sorted(METHODS)
     assert sorted(choices.SLIDE_METHODS) == sorted(SLIDE_METHODS)
-    assert set(defaults.OPS) == {case.op for case in op_cases.CASES}
+    assert set(defaults.OPS) == {case.op for cases in op_cases.CASES.values() for case in cases}
     assert tuple(ops.DTYPES) == defaults.OP_DTYPES
 
 
