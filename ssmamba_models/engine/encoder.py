@@ -28,7 +28,7 @@ from ssmamba_models.engine.weights import (
     read_weights,
     weights_sha256,
 )
-from ssmamba_models.inference import AutocastModel, OptimizeError, optimize, plan_of
+from ssmamba_models.inference import optimized_or_eager, plan_of
 from ssmamba_models.models.published import WeightsError, check_named, offline_note
 from ssmamba_models.notice import SSMambaWarning, first_line
 from ssmamba_models.zoo import list_models
@@ -164,7 +164,7 @@ def load_encoder(
     network = network.eval().requires_grad_(False).to(place, memory_format=torch.channels_last)
     data_config, transform = _input_transform(network, model, img_size)
     bf16 = use_bf16(precision, place)
-    runner = _runner(network, model, bf16)
+    runner = optimized_or_eager(network, "bfloat16" if bf16 else "float32", model)
     return Encoder(
         model=network,
         runner=runner,
@@ -177,15 +177,6 @@ def load_encoder(
         weights=_describe_weights(network, pretrained, source, seed),
         pool=pool,
     )
-
-
-def _runner(network: nn.Module, name: str, bf16: bool) -> nn.Module:
-    precision = "bfloat16" if bf16 else "float32"
-    try:
-        return optimize(network, precision)
-    except OptimizeError as error:
-        warnings.warn(f"{name} runs layer by layer: it cannot be optimised ({error})", SSMambaWarning, stacklevel=3)
-        return AutocastModel(network) if bf16 else network
 
 
 def check_model_name(model: str) -> None:

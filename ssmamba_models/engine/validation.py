@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Subset
 from ssmamba_models.data.batches import read_batches
 from ssmamba_models.data.tiles import TileDataset, collate_tiles
 from ssmamba_models.engine.processes import default_workers, ignore_stop_signals
+from ssmamba_models.inference import optimized_or_eager
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,14 @@ class Validation:
             OSError: a process that reads tiles died.
         """
         indices, logits, unreadable = [], [], []
+        precision = "bfloat16" if torch.is_autocast_enabled(self.accelerator.device.type) else "float32"
+        runner = optimized_or_eager(network, precision, "the classifier")
         for batch in self._batches():
             unreadable += batch.unreadable
             if batch.images is not None:
                 images = batch.images.to(self.accelerator.device, memory_format=torch.channels_last)
                 indices += batch.indices
-                logits.append(network(images).double().cpu())
+                logits.append(runner(images).double().cpu())
         return self._join(self._gather((indices, logits, unreadable)))
 
     def _batches(self) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ssmamba_models.inference.planned import PlannedSSMamba
 from ssmamba_models.inference.represent import OptimizeError
 from ssmamba_models.models import SSMamba
+from ssmamba_models.notice import SSMambaWarning
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -59,6 +61,28 @@ def optimize(model: nn.Module, precision: str = "float32", memory: int | None = 
     if isinstance(model, SSMamba) and PlannedSSMamba.runs_on(_device(model)):
         return PlannedSSMamba(model, precision, memory)
     return AutocastModel(model) if precision == "bfloat16" else model
+
+
+def optimized_or_eager(model: nn.Module, precision: str, name: str) -> nn.Module:
+    """As :func:`optimize`, but a model that a plan cannot represent runs layer by layer, which a warning says once.
+
+    Args:
+        model, precision: as there.
+        name: what the warning calls the model.
+
+    Warns:
+        SSMambaWarning: the model cannot be optimised.
+    """
+    try:
+        return optimize(model, precision)
+    except OptimizeError as error:
+        _warn_once(f"{name} runs layer by layer: it cannot be optimised ({error})")
+        return AutocastModel(model) if precision == "bfloat16" else model
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, SSMambaWarning, stacklevel=4)
 
 
 def plan_of(model: nn.Module) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import timm
 import torch
@@ -9,8 +11,10 @@ from planned_cases import images, small
 from timm.layers import LayerNorm
 from torch import nn
 
-from ssmamba_models.inference import AutocastModel, OptimizeError, optimize, plan_of
+from ssmamba_models.inference import OptimizeError, optimize, optimized_or_eager, plan_of
+from ssmamba_models.inference.optimize import AutocastModel
 from ssmamba_models.inference.planned import PlannedSSMamba
+from ssmamba_models.notice import SSMambaWarning
 from ssmamba_models.ops import dispatch
 
 needs_c = pytest.mark.skipif(not dispatch.is_served_by("c", "cpu"), reason="the C kernels were not built")
@@ -111,6 +115,21 @@ def test_what_a_plan_cannot_represent_is_an_error_that_names_it(index):
     change()
     with pytest.raises(OptimizeError, match=named):
         optimize(model)
+
+
+@needs_c
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_commands_run_such_a_model_as_it_is_and_say_so_once(precision):
+    model, x = small(), images(1, 3, 32, 32)
+    model.stages[1].blocks[0].lpr = nn.Identity().eval()
+    name = f"model in {precision}"
+    with pytest.warns(SSMambaWarning, match=rf"{name} runs layer by layer.*blocks\.0\.lpr is Identity"):
+        runner = optimized_or_eager(model, precision, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimized_or_eager(model, precision, name)
+    with torch.inference_mode():
+        torch.testing.assert_close(runner(x), model(x), atol=0.05, rtol=0.05)
 
 
 @needs_c
