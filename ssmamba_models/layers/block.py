@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssmamba_models.layers.dms import DMS
 from ssmamba_models.layers.lpr import LPR
 from ssmamba_models.layers.pieces import are_float32, is_inference, is_own, is_unwatched, piece_grain, piece_length
-from ssmamba_models.ops.depthwise import depthwise3x3_
+from ssmamba_models.ops.depthwise import depthwise3x3
 from ssmamba_models.ops.products import Product, product
 
 
@@ -144,4 +144,4 @@ def _is_depthwise(conv: nn.Module) -> bool:
 
 def _convolve(x: Tensor, conv: nn.Conv2d, silu: bool = False, residual: bool = False) -> Tensor:
     assert conv.bias is not None  # as _is_depthwise has found
-    return depthwise3x3_(x, conv.weight, conv.bias, silu, residual)
+    return depthwise3x3(x, conv.weight, conv.bias, silu, residual)

@@ -74,15 +74,6 @@ class BiasGeluArgs(ctypes.Structure):
     _fields_ = (*((name, i64) for name in ("rows", "width")), *((name, ptr) for name in ("x", "bias")))
 
 
-class DepthwiseArgs(ctypes.Structure):
-    """The struct of that name in depthwise.c."""
-
-    _fields_ = (
-        *((name, i64) for name in ("batch", "height", "width", "channels", "group", "silu", "residual")),
-        *((name, ptr) for name in ("x", "weight", "bias")),
-    )
-
-
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
@@ -317,7 +308,7 @@ def causal_conv1d_backward(
     return dx, dweight.sum(0), dbias.sum(0)
 
 
-# ---- bias_gelu_ and depthwise3x3_ ----
+# ---- bias_gelu_ ----
 
 
 def bias_gelu_(x: Tensor, bias: Tensor) -> None:
@@ -326,14 +317,3 @@ def bias_gelu_(x: Tensor, bias: Tensor) -> None:
     args = BiasGeluArgs(*x.shape, x.data_ptr(), bias.data_ptr())
     _call("ssmamba_bias_gelu", args, args.rows, 1.0 * x.numel())
     del bias
-
-
-def depthwise3x3_(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, residual: bool) -> None:
-    """See :func:`ssmamba_models.ops.depthwise.depthwise3x3_`; x (B, H, W, C) float32, contiguous."""
-    weight, bias = weight.contiguous(), bias.contiguous()
-    batch, channels = x.shape[0], x.shape[3]
-    # Wide groups read memory in longer runs; narrow ones make enough tasks of a small batch for all threads.
-    group = next((g for g in (4 * LANES, 2 * LANES) if batch * (channels // g) >= 2 * torch.get_num_threads()), LANES)
-    args = DepthwiseArgs(*x.shape, group, silu, residual, x.data_ptr(), weight.data_ptr(), bias.data_ptr())
-    _call("ssmamba_depthwise", args, batch * -(-channels // group), 2.0 * x.numel())
-    del weight, bias
