@@ -111,7 +111,7 @@ def _backward(
     norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
     dx = torch.empty_like(tokens)
     dparameters = [torch.zeros_like(t) for t in (norm_weight, norm_bias)]
-    dweight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+    dweight = empty_sum(weight, tokens)
     scaled = (scale * weight).to(x.dtype)
     length = piece_rows(max(channels, outputs))
     normed = x.new_empty((min(length, len(tokens)), channels))
@@ -119,7 +119,7 @@ def _backward(
         piece = slice(first, first + length)
         x_piece, g, dx_piece = tokens[piece], grads[piece], dx[piece]
         n = layer_norm(x_piece, norm_weight, norm_bias, eps, normed[: len(g)])
-        add_product(dweight, g.t(), n, scale)
+        add_product(dweight, g.t(), n, scale, first=first == 0)
         torch.mm(g, scaled, out=dx_piece)
         for total, part in zip(dparameters, layer_norm_backward(dx_piece, x_piece, norm_weight, eps, None, dx_piece)):
             total += part
@@ -127,10 +127,17 @@ def _backward(
     return like_inputs((x, norm_weight, norm_bias, weight), grads_of)  # type: ignore[return-value]
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
-    """total += scale * a b, in total's precision whatever that of a and b."""
+def empty_sum(like: Tensor, rows: Tensor) -> Tensor:
+    """Room for what `add_product` sums over pieces of `rows`; zeros where there is none."""
+    return torch.empty_like(like) if len(rows) else torch.zeros_like(like)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, first: bool = False) -> None:
+    """total += scale * a b, or with `first` = scale * a b, in total's precision whatever that of a and b."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b, alpha=scale)
+        torch.addmm(total, a, b, beta=0.0 if first else 1.0, alpha=scale, out=total)
+    elif first:
+        torch.mul(torch.mm(a, b), scale, out=total)
     else:
         total.add_(torch.mm(a, b), alpha=scale)
 

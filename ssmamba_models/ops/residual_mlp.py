@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ssmamba_models.ops import checks
 from ssmamba_models.ops.gradients import like_inputs, zeros_like_inputs
-from ssmamba_models.ops.norm_linear import add_product
+from ssmamba_models.ops.norm_linear import add_product, empty_sum
 from ssmamba_models.ops.rowwise import bias_gelu, bias_gelu_backward, layer_norm, layer_norm_backward, piece_rows
 
 OP = "residual_mlp"
@@ -162,7 +162,8 @@ def _backward(
     norm_weight, norm_bias, bias1 = (t.contiguous() for t in (norm_weight, norm_bias, bias1))
     into, back = weight1.to(x.dtype), weight2.to(x.dtype)
     dx = torch.empty_like(tokens)
-    dnorm, dnorm_bias, dweight1, dbias1, dweight2, dbias2 = (torch.zeros_like(t) for t in inputs[1:])
+    dnorm, dnorm_bias, dbias1, dbias2 = (torch.zeros_like(t) for t in (norm_weight, norm_bias, bias1, bias2))
+    dweight1, dweight2 = (empty_sum(t, tokens) for t in (weight1, weight2))
     length = piece_rows(hidden)
     most = min(length, len(tokens))
     normed, active, slopes = (x.new_empty((most, width)) for width in (channels, hidden, hidden))
@@ -173,10 +174,10 @@ def _backward(
         a, n = active[:rows], normed[:rows]
         dh = torch.mm(g, back, out=slopes[:rows])
         dbias1 += bias_gelu_backward(dh, kept[piece], bias1, scale, a)
-        add_product(dweight2, g.t(), a, scale)
+        add_product(dweight2, g.t(), a, scale, first=first == 0)
         dbias2.add_(g.sum(0, dtype=dbias2.dtype), alpha=scale)
         layer_norm(x_piece, norm_weight, norm_bias, eps, n)
-        add_product(dweight1, dh.t(), n)
+        add_product(dweight1, dh.t(), n, first=first == 0)
         dn = torch.mm(dh, into, out=n)
         part, part_bias = layer_norm_backward(dn, x_piece, norm_weight, eps, g, dx_piece)
         dnorm += part
