@@ -83,6 +83,83 @@ print(type(timm.create_model("ssmamba_small", device="meta")).__name__)
     assert fresh(code).split() == ["SSMamba"]
 
 
+IS_THERE = 'print(type(timm.create_model("test_ssmamba", device="meta")).__name__, ssmamba_models.list_models()[-1])'
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import timm, ssmamba_models",
+        "import ssmamba_models, timm",
+        "import ssmamba_models; from timm.models import create_model; import timm",
+        "from ssmamba_models.models.ssmamba import SSMamba; import timm, ssmamba_models",
+        "from ssmamba_models import *; import timm, ssmamba_models",
+        "import torch, ssmamba_models, timm",
+        "import ssmamba_models; ssmamba_models.create_model; import timm",
+    ],
+)
+def test_models_are_registered_in_any_order_of_imports(imports):
+    assert fresh(f"{imports}\n{IS_THERE}").split() == ["SSMamba", "test_ssmamba"]
+
+
+@pytest.mark.parametrize("imports", ["import torch, ssmamba_models", "import ssmamba_models, torch"])
+def test_operators_are_registered_with_torch_alone(imports):
+    """As a program needs them that loads an exported model."""
+    code = f"""
+import sys
+{imports}
+print(torch.ops.ssmamba.directional_scan.default.name(), "timm" in sys.modules)
+"""
+    assert fresh(code).split() == ["ssmamba::directional_scan", "False"]
+
+
+def test_importing_the_package_loads_neither_torch_nor_timm():
+    code = """
+import sys, ssmamba_models
+print({"torch", "timm"} & set(sys.modules), len(ssmamba_models.__version__) > 0, "ops" in dir(ssmamba_models))
+print(ssmamba_models.ops.selective_scan.__name__, hasattr(ssmamba_models, "no_such_name"))
+"""
+    assert fresh(code).split() == ["set()", "True", "True", "selective_scan", "False"]
+
+
+def test_a_forked_process_registers_too():
+    code = """
+import os, ssmamba_models
+child = os.fork()
+import timm
+print(timm.is_model("ssmamba_tiny"), flush=True)
+if child == 0:
+    os._exit(0)
+os.wait()
+"""
+    assert fresh(code).split() == ["True", "True"]
+
+
+@pytest.mark.parametrize("broken", ["torch", "timm", "torchvision"])
+def test_where_torch_is_broken_the_package_says_so_when_it_is_used(broken):
+    code = f"""
+import sys
+sys.modules["{broken}"] = None
+import ssmamba_models
+try:
+    ssmamba_models.create_model
+except ImportError as error:
+    print(error)
+"""
+    assert "needs torch, torchvision and timm" in fresh(code)
+    assert "`ssmamba doctor` names the cure" in fresh(code)
+
+
+def test_what_is_wrong_with_ours_does_not_keep_timm_from_its_import():
+    code = """
+import sys, ssmamba_models
+sys.modules["ssmamba_models.models.ssmamba"] = None
+import timm
+print(timm.is_model("vit_tiny_patch16_224"), timm.is_model("ssmamba_small"))
+"""
+    assert fresh(code).split() == ["True", "False"]
+
+
 def test_the_version_is_that_of_the_metadata():
     assert ssmamba_models.__version__ == importlib.metadata.version("ssmamba-models")
     assert re.fullmatch(r"\d+\.\d+\.\d+([ab]|rc|\.dev)?\d*", ssmamba_models.__version__)

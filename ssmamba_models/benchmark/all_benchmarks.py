@@ -9,22 +9,21 @@ from typing import Any
 
 import torch
 
+from ssmamba_models.benchmark.defaults import TITLE
 from ssmamba_models.benchmark.extract import ExtractBenchmark, format_extract, run_extract
-from ssmamba_models.benchmark.machine import describe_machine, machine_line, require_device
-from ssmamba_models.benchmark.models import ModelsPlan, format_models, run_models
+from ssmamba_models.benchmark.machine import describe_machine, machine_text, require_device
+from ssmamba_models.benchmark.models import ModelsPlan, run_models
+from ssmamba_models.benchmark.models_table import format_models
 from ssmamba_models.benchmark.op_cases import OpCase
 from ssmamba_models.benchmark.ops import OpsPlan, format_ops, run_ops
 from ssmamba_models.benchmark.sgcl import SgclBenchmark, format_sgcl, run_sgcl
-from ssmamba_models.benchmark.timing import thread_count
 from ssmamba_models.benchmark.train import TrainPlan, format_train, run_train
 from ssmamba_models.engine.process_memory import keep_large_blocks
 from ssmamba_models.evaluation.markdown_table import markdown_table
 from ssmamba_models.notice import one_line
+from ssmamba_models.threads import use_threads
 
 Progress = Callable[[str], None]
-
-# The first line of the page, by which a report of something else is known.
-TITLE = "# Benchmarks"
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class AllPlan:
 
     Attributes:
         device: "cpu" or "cuda".
-        threads: CPU threads; None for torch's own number.
+        threads: CPU threads; None for the cores that this process may use.
         quick: tiny models on small inputs, to see that everything runs; the numbers mean nothing.
     """
 
@@ -63,22 +62,24 @@ class Part:
 def make_parts(plan: AllPlan) -> dict[str, Part]:
     """The benchmarks and their sizes: with two cores of a CPU the full ones take about half an hour."""
     common: dict[str, Any] = {"device": plan.device, "threads": plan.threads}
+    dtype = "both" if describe_machine(plan.device)["bf16_hardware"] else "float32"
+    models = {**common, "dtype": dtype}
     sizes = _quick_sizes() if plan.quick else _full_sizes()
     plans = {
-        "models": ModelsPlan(**common, **sizes["models"]),
-        "models_kept": ModelsPlan(**common, allocator="kept", **{**sizes["models"], "memory": False}),
-        "models_train": ModelsPlan(**common, train=True, **sizes["models_train"]),
+        "models": ModelsPlan(**models, **sizes["models"]),
+        "models_kept": ModelsPlan(**models, allocator="kept", **{**sizes["models"], "memory": False}),
+        "models_compiled": ModelsPlan(**models, compile=True, **sizes["models_compiled"]),
+        "train": TrainPlan(**models, **sizes["train"]),
         "ops": OpsPlan(**common, **sizes["ops"]),
-        "train": TrainPlan(**common, **sizes["train"]),
         "extract": ExtractBenchmark(**common, **sizes["extract"]),
         "sgcl": SgclBenchmark(**common, **sizes["sgcl"]),
     }
     rest: dict[str, tuple[str, Any, Any, Any]] = {
         "models": ("Models, inference", run_models, format_models, _models_ratios),
         "models_kept": ("Models, inference, large blocks kept", run_models, format_models, _models_ratios),
-        "models_train": ("Models, training steps", run_models, format_models, _models_ratios),
+        "models_compiled": ("Models, inference, torch.compile", run_models, format_models, _models_ratios),
+        "train": ("Training steps, supervised and MAMIM", run_train, format_train, _train_ratios),
         "ops": ("Operators", run_ops, format_ops, _ops_ratios),
-        "train": ("Self-supervised training: MAMIM", run_train, format_train, _train_ratios),
         "extract": ("Extraction of a slide", run_extract, format_extract, _extract_ratios),
         "sgcl": ("What SGCL costs besides the encoder", run_sgcl, format_sgcl, _sgcl_ratios),
     }
@@ -90,10 +91,11 @@ def make_parts(plan: AllPlan) -> dict[str, Part]:
 
 def _full_sizes() -> dict[str, dict[str, Any]]:
     return {
+        "models": {"sizes": (224, 512, 1024), "rounds": 5, "budget_s": 60.0},
+        # Compiling takes a minute or two for each model and size.
+        "models_compiled": {"sizes": (224,), "rounds": 5, "budget_s": 60.0, "memory": False},
+        "train": {"rounds": 5, "budget_s": 90.0},
         "ops": {"rounds": 5, "budget_s": 20.0},
-        "models": {"sizes": (224, 512, 1024), "rounds": 7, "budget_s": 90.0},
-        "models_train": {"sizes": (224,), "rounds": 5, "budget_s": 120.0},
-        "train": {"rounds": 5, "budget_s": 120.0},
         "extract": {"rounds": 3, "tiles": 768},
         "sgcl": {"rounds": 3, "budget_s": 60.0},
     }
@@ -108,12 +110,12 @@ def _quick_sizes() -> dict[str, dict[str, Any]]:
         OpCase("selective_scan", (1, 16, 49), 1),
         OpCase("causal_conv1d", (1, 16, 49), 4),
     )
-    step = {"model": "test_ssmamba", "peer": "vit_tiny_patch16_224", "size": 64, "batch_size": 2}
+    step = {"model": "test_ssmamba", "peer": "vit_tiny_patch16_224", "peers": ("test_convnext",), "size": 64}
     return {
-        "ops": {"cases": cases, **few},
         "models": tiny,
-        "models_train": tiny,
-        "train": {**step, "workers": 0, "wait_steps": 1, **few},
+        "models_compiled": tiny,
+        "train": {**step, "batch_size": 2, "workers": 0, "wait_steps": 1, **few},
+        "ops": {"cases": cases, **few},
         "extract": {"model": "test_ssmamba", "tiles": 64, "tile_size": 64, "batch_size": 8, "workers": 0, "rounds": 1},
         "sgcl": {"vectors": 400, "embed_dim": 8, "batch_size": 4, "memory": False, **few},
     }
@@ -134,7 +136,7 @@ def run_all(plan: AllPlan, progress: Progress = lambda line: None) -> dict:
         ValueError: a device that is not here, or a number of threads out of range.
     """
     require_device(plan.device)
-    with thread_count(plan.threads):
+    with use_threads(plan.threads):
         machine = describe_machine(plan.device)
     begun, reports, ratios = time.monotonic(), {}, []
     for name, part in make_parts(plan).items():
@@ -177,17 +179,20 @@ def _ops_ratios(report: dict) -> Iterator[tuple[str, str, float | None]]:
 def _models_ratios(report: dict) -> Iterator[tuple[str, str, float | None]]:
     ours = report["settings"]["model"]
     for row in report["results"]:
-        if row["reason"] is None and row["model"] != ours:
-            compiled = ", compiled" if row["compiled"] else ""
-            yield f"{row['size']} px{compiled}", f"images/s of {ours} over {row['model']}", row["ours_over_peer"]
+        if row["reason"] is None:
+            what = f"{row['size']} px, {row['dtype']}"
+            yield what, f"images/s of {ours} over {row['model']} ({row['mode']})", row["ours_over_peer"]
+            yield what, f"images/s of {ours} over {row['model']} (both eager)", row["eager_over_peer"]
 
 
 def _train_ratios(report: dict) -> Iterator[tuple[str, str, float | None]]:
     settings = report["settings"]
     for row in report["results"]:
-        what = f"{settings['size']} px"
-        yield what, f"tiles/s of {settings['model']} (MAMIM) over {row['model']} (MAE)", row["ours_over_peer"]
-    yield "data", "time waited for data over all time", report["data"]["wait_share"]
+        if row["reason"] is None:
+            ours, theirs = ("MAMIM", "MAE") if row["method"] == "mae" else (row["method"], row["method"])
+            ratio_of = f"tiles/s of {settings['model']} ({ours}) over {row['model']} ({theirs})"
+            yield f"{row['size']} px, {row['dtype']}", ratio_of, row["ours_over_peer"]
+    yield f"data, {report['data']['dtype']}", "time waited for data over all time", report["data"]["wait_share"]
 
 
 def _extract_ratios(report: dict) -> Iterator[tuple[str, str, float | None]]:
@@ -218,8 +223,9 @@ def markdown_all(report: dict) -> str:
     lines = [
         f"{TITLE}\n",
         f"`{command}`, {report['seconds'] / 60:.1f} minutes, {machine['date']}\n",
-        f"{machine_line(machine)}; {machine['cores']} cores, Python {machine['python']}, {machine['system']}, "
+        f"{machine['cores']} cores, Python {machine['python']}, {machine['system']}, "
         f"ssmamba_models {machine['ssmamba_models']}\n",
+        f"{machine_text(machine)}\n",
         f"{warning if settings['quick'] else ''}## Ratios\n",
         markdown_table(("benchmark", "case", "ratio of", "ratio"), rows) + "\n",
     ]

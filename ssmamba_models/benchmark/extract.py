@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from ssmamba_models.benchmark.machine import describe_machine, machine_line, require_device
+from ssmamba_models.benchmark.defaults import DEFAULT_MODEL
+from ssmamba_models.benchmark.machine import describe_machine, machine_text, require_device
 from ssmamba_models.benchmark.memory import lower_high_water_mark
-from ssmamba_models.benchmark.models import DEFAULT_MODEL
 from ssmamba_models.benchmark.report import format_table
-from ssmamba_models.benchmark.timing import thread_count
 from ssmamba_models.engine.encoder import RandomWeightsWarning
+from ssmamba_models.threads import use_threads
 from ssmamba_models.wsi.dry_run import measure_speed
 from ssmamba_models.wsi.extract import extract_slides
 from ssmamba_models.wsi.extract_plan import ExtractPlan
@@ -53,7 +53,7 @@ class ExtractBenchmark:
         workers: processes that read tiles; None chooses by the machine.
         device: "cpu" or "cuda".
         rounds: runs, each between two timings of the model alone.
-        threads: CPU threads inside an operator; None for torch's own number.
+        threads: CPU threads inside an operator; None for the cores that this process may use.
     """
 
     model: str = DEFAULT_MODEL
@@ -85,7 +85,7 @@ def run_extract(plan: ExtractBenchmark, progress: Progress = lambda line: None) 
         if getattr(plan, name) < 1:
             raise ValueError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(plan, name)}")
     extraction = _extraction(plan)
-    with thread_count(plan.threads) as threads, tempfile.TemporaryDirectory() as scratch:
+    with use_threads(plan.threads) as threads, tempfile.TemporaryDirectory() as scratch:
         machine = describe_machine(plan.device)
         progress(f"drawing a slide of {plan.tiles:,} tiles")
         slide = Path(scratch) / "slide.tif"
@@ -169,7 +169,7 @@ def format_extract(report: dict) -> str:
         f"{added}"
         f"{settings['model']}, tiles of {settings['tile_size']} px in batches of {settings['batch_size']}, slide of "
         f"{slide['width']} x {slide['height']} px\n"
-        f"{machine_line(report['machine'])}\n"
+        f"{machine_text(report['machine'])}\n"
         "alone: the model on one batch, before and after each round. waits: for tiles, which on a CPU are read in turn "
         "with it.\npeak: this process and those that read tiles."
     )

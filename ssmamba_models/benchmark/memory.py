@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from ssmamba_models.benchmark.model_step import ModelStep, StepSpec
-from ssmamba_models.benchmark.timing import thread_count
 from ssmamba_models.engine.process_memory import keep_large_blocks
+from ssmamba_models.threads import use_threads
 
 MIB = 2**20
 
@@ -53,7 +53,7 @@ def _peak_on_cuda(spec: StepSpec) -> float:
 
 def _peak_on_cpu(spec: StepSpec) -> float:
     """The growth of this process's high-water mark over one step."""
-    with thread_count(spec.threads):
+    with use_threads(spec.threads):
         step = ModelStep(spec)
         _load_libraries()
         return growth_mib(step)

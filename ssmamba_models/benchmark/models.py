@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import timm
 import torch
 
-from ssmamba_models.benchmark.machine import describe_machine, machine_line, require_device
+from ssmamba_models.benchmark.allocators import in_turn
+from ssmamba_models.benchmark.defaults import (
+    ALLOCATORS,
+    DEFAULT_MODEL,
+    DEFAULT_PEERS,
+    DEFAULT_SIZES,
+    DTYPE_CHOICES,
+    LAYOUTS,
+)
+from ssmamba_models.benchmark.machine import describe_machine, require_device
 from ssmamba_models.benchmark.memory import measure_peak_mib
-from ssmamba_models.benchmark.model_step import ModelStep, StepSpec
-from ssmamba_models.benchmark.report import format_table, optional_number
-from ssmamba_models.benchmark.timing import Timing, best_of, speedup, thread_count, time_interleaved
-from ssmamba_models.engine.process_memory import keep_large_blocks, large_blocks_kept
+from ssmamba_models.benchmark.model_step import DTYPES, ModelStep, StepSpec, count_work
+from ssmamba_models.benchmark.timing import Timing, best_of, speedup, time_interleaved
 from ssmamba_models.notice import first_line
+from ssmamba_models.threads import use_threads
 
-DEFAULT_MODEL = "ssmamba_small"
-DEFAULT_PEERS = ("vit_small_patch16_224", "mambaout_tiny", "convnext_tiny")
-DEFAULT_SIZES = (224, 512, 1024)
-DTYPES = ("float32", "bfloat16")
-ALLOCATORS = ("system", "kept")
-LAYOUTS = ("auto", "contiguous", "channels_last")
 REFERENCE_SIZE = 512  # time per pixel is quoted against that at this size
 
 # Pixels in a batch, unless one image of the largest size has more: enough to keep the device busy.
@@ -36,22 +38,23 @@ class ModelsPlan:
     """What to measure.
 
     Attributes:
-        model: the model whose ratio to every peer is given.
+        model: the model whose ratio to every peer is given: eager and, in inference on a CPU, as `optimize` makes it.
         peers: models known to timm, measured in the same rounds.
         sizes: heights and widths of the square images, in pixels.
         batch_size: images per batch; None holds the pixels per batch about constant over `sizes`.
         device: "cpu" or "cuda".
-        dtype: "float32", or "bfloat16" for autocast.
+        dtype: "float32", "bfloat16" (autocast over float32 weights), or "both", one after the other.
         train: measure training steps, not inference.
-        compile: measure each model through torch.compile as well.
-        layout: of images and convolution weights; "auto" gives each model the one that it runs faster in.
+        compile: measure each model that is not optimized through torch.compile as well (inductor; frozen weights in
+            inference).
+        layout: of images and convolution weights; "auto" gives each model and dtype the one that it runs faster in.
         allocator: "system" leaves malloc as this process has it; "kept" makes the process keep large freed blocks, as
-            `ssmamba extract` and the other commands do (engine.process_memory), from here on. It decides much for
-            models of large activations, so both are worth knowing. Settings of the report say what was the case.
-        memory: measure peak memory (a fresh process for each model and size on a CPU).
-        rounds: samples per model and size.
-        threads: CPU threads inside an operator; None for torch's own number.
-        budget_s: seconds per size after which no further round begins.
+            `ssmamba extract` and the other commands do (engine.process_memory), from here on; "both" does one after the
+            other. It decides much for models of large activations. Each row says which it was.
+        memory: measure peak memory (a fresh process for each model and size on a CPU); not of what is compiled.
+        rounds: samples of each contender.
+        threads: CPU threads inside an operator; None for the cores that this process may use.
+        budget_s: seconds per size, dtype and allocator after which no further round begins.
     """
 
     model: str = DEFAULT_MODEL
@@ -69,6 +72,11 @@ class ModelsPlan:
     threads: int | None = None
     budget_s: float = 120.0
 
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Those to compute in."""
+        return DTYPES if self.dtype == "both" else (self.dtype,)
+
     def batch_for(self, size: int) -> int:
         """Images per batch at `size` pixels: as many as fill the pixels of a batch, at least one."""
         if self.batch_size is not None:
@@ -79,34 +87,39 @@ class ModelsPlan:
 
 @dataclass
 class Entry:
-    """One model at one size, on its way to becoming a row. `reason` says why there is no timing."""
+    """One contender on its way to becoming a row. `reason` says why there is no timing."""
 
     spec: StepSpec
+    allocator: str
     timing: Timing | None = None
     parameters_m: float | None = None
     gmacs: float | None = None
+    build_s: float | None = None
     peak_mib: float | None = None
     ours_over_peer: float | None = None
+    eager_over_peer: float | None = None
     reason: str | None = None
     step: ModelStep | None = field(default=None, repr=False)
 
     @property
     def label(self) -> str:
-        return f"{self.spec.name} (compiled)" if self.spec.compiled else self.spec.name
-
-    @property
-    def images_per_s(self) -> float:
-        return self.spec.batch_size / self.timing.median_ms * 1e3
+        return self.spec.name if self.spec.mode == "eager" else f"{self.spec.name} ({self.spec.mode})"
 
     @property
     def ns_per_pixel(self) -> float:
         return self.timing.median_ms * 1e6 / (self.spec.batch_size * self.spec.size**2)
 
+    def is_like(self, other: Entry) -> bool:
+        """Whether only the size differs."""
+        keys = [(e.label, e.spec.dtype, e.allocator) for e in (self, other)]
+        return keys[0] == keys[1]
+
 
 def run_models(plan: ModelsPlan, progress: Progress = lambda line: None) -> dict:
-    """Measure every model of `plan` at every size.
+    """Measure every model of `plan` at every size, in every dtype, with every allocator.
 
-    A model that cannot take a size gets a row that says why. `progress` is told what is being done.
+    The contenders of one size, dtype and allocator take turns. One that cannot be run gets a row that says why.
+    `progress` is told what is being done.
 
     Returns:
         {"benchmark", "machine", "settings", "results": [row, ...]}, ready for JSON; see `_as_row`.
@@ -116,36 +129,16 @@ def run_models(plan: ModelsPlan, progress: Progress = lambda line: None) -> dict
             cannot be kept.
     """
     _check(plan)
-    if plan.allocator == "kept" and not keep_large_blocks():
-        raise ValueError(
-            "--allocator kept: malloc does not keep large blocks here: it is not glibc's, or an old one, or tuned by "
-            "GLIBC_TUNABLES or MALLOC_* in the environment; unset these, or use --allocator system"
-        )
-    with thread_count(plan.threads) as threads:
+    with use_threads(plan.threads) as threads:
         machine = describe_machine(plan.device)
-        specs = _choose_layouts(plan, threads, progress)
-        entries = [entry for size in plan.sizes for entry in _measure_size(plan, size, specs, progress)]
+        entries = list(_measure(plan, threads, progress))
+    settings = {**asdict(plan), "peers": list(plan.peers), "sizes": list(plan.sizes), "threads": threads}
     return {
         "benchmark": "models",
         "machine": machine,
-        "settings": _settings(plan, threads),
+        "settings": settings,
         "results": [_as_row(entry, entries) for entry in entries],
     }
-
-
-def format_models(report: dict) -> str:
-    """The report of `run_models` as a table for a person, no wider than a page."""
-    headers = ("model", "px", "batch", "img/s", "+-%", "MiB", "M par", "GMACs", "ns/px", "of 512", "ours/it")
-    rows = [_table_row(row) for row in report["results"]]
-    settings = report["settings"]
-    task = "training steps" if settings["train"] else "inference"
-    blocks = "large blocks kept" if settings["large_blocks_kept"] else "malloc as it comes"
-    notes = (
-        f"{task}, {settings['dtype']}; {machine_line(report['machine'])}\n"
-        f"MiB: peak of one batch on top of the weights; {blocks}. of 512: time per pixel over that at 512 px.\n"
-        f"ours/it: throughput of {settings['model']} over that model's. +-%: half the quartiles' distance."
-    )
-    return f"{format_table(headers, rows)}\n\n{notes}"
 
 
 def _check(plan: ModelsPlan) -> None:
@@ -161,11 +154,15 @@ def _check(plan: ModelsPlan) -> None:
             raise ValueError(f"{what} must be at least 1, got {value}")
     if not plan.sizes:
         raise ValueError("no size to measure at; name at least one, such as 224")
-    for what, known in (("dtype", DTYPES), ("layout", LAYOUTS), ("allocator", ALLOCATORS)):
-        value = getattr(plan, what)
-        if value not in known:
-            raise ValueError(f"{what} {value!r} is unknown; expected one of {', '.join(known)}")
+    for what, known in (("dtype", DTYPE_CHOICES), ("layout", LAYOUTS), ("allocator", ALLOCATORS)):
+        require_known(what, getattr(plan, what), known)
     require_device(plan.device)
+
+
+def require_known(what: str, value: str, known: Sequence[str]) -> None:
+    """Raise ValueError for a value of the option `what` that is none of the known ones."""
+    if value not in known:
+        raise ValueError(f"{what} {value!r} is unknown; expected one of {', '.join(known)}")
 
 
 def require_model(name: str) -> None:
@@ -177,45 +174,60 @@ def require_model(name: str) -> None:
     raise ValueError(f"model {name!r} is unknown to timm {timm.__version__}; {cure}")
 
 
-def _settings(plan: ModelsPlan, threads: int) -> dict:
-    settings = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
-    settings |= {"peers": list(plan.peers), "sizes": list(plan.sizes), "threads": threads}
-    return {**settings, "large_blocks_kept": large_blocks_kept()}
+def _measure(plan: ModelsPlan, threads: int, progress: Progress) -> Iterator[Entry]:
+    specs: dict[str, list[StepSpec]] = {}
+    for allocator in in_turn(plan.allocator):
+        for dtype in plan.dtypes:
+            if dtype not in specs:
+                specs[dtype] = list(_contenders(plan, dtype, threads, progress))
+            for size in plan.sizes:
+                group = [replace(spec, size=size, batch_size=plan.batch_for(size)) for spec in specs[dtype]]
+                yield from _measure_group(plan, [Entry(spec, allocator) for spec in group], progress)
 
 
-def _choose_layouts(plan: ModelsPlan, threads: int, progress: Progress) -> list[StepSpec]:
-    """A spec for each contender. Some convolutional peers run far faster in one layout than in the other, and
-    a comparison with the slower one would flatter us; the smallest size decides for all."""
+def _contenders(plan: ModelsPlan, dtype: str, threads: int, progress: Progress) -> Iterator[StepSpec]:
+    """A spec for each. Some convolutional peers run far faster in one layout than in the other, and a comparison with
+    the slower one would flatter us; the smallest size decides for all."""
     size = min(plan.sizes)
-    specs = []
     for name in (plan.model, *plan.peers):
-        spec = StepSpec(name, size, plan.batch_for(size), plan.device, plan.dtype, plan.train, threads=threads)
+        eager = StepSpec(name, size, plan.batch_for(size), plan.device, dtype, plan.train, threads=threads)
+        eager = replace(eager, channels_last=plan.layout == "channels_last")
+        optimized = _is_optimized(plan, name)
+        modes = [replace(eager, mode="optimized"), eager] if optimized else [eager]
         if plan.layout == "auto":
-            progress(f"{name}: choosing a layout")
-            spec = _faster_layout(spec)
-        else:
-            spec = replace(spec, channels_last=plan.layout == "channels_last")
-        specs.append(spec)
-        if plan.compile:
-            specs.append(replace(spec, compiled=True))
-    return specs
+            progress(f"{name}, {dtype}: choosing a layout")
+            modes = [_faster_layout(spec) for spec in modes]
+        yield from modes
+        if plan.compile and not optimized:
+            yield replace(modes[-1], mode="compiled")
+
+
+def _is_optimized(plan: ModelsPlan, name: str) -> bool:
+    # As the commands do: on a GPU they run the model itself.
+    return name == plan.model and not plan.train and torch.device(plan.device).type == "cpu"
 
 
 def _faster_layout(spec: StepSpec) -> StepSpec:
     candidates = [replace(spec, channels_last=channels_last) for channels_last in (False, True)]
     try:
-        return min(candidates, key=lambda candidate: best_of(ModelStep(candidate), device=spec.device))
+        return min(candidates, key=lambda candidate: best_of(ModelStep(candidate), device=spec.device, tries=2))
     except Exception:
         return spec  # it cannot take this size; its row will say why
 
 
-def _measure_size(plan: ModelsPlan, size: int, specs: Sequence[StepSpec], progress: Progress) -> list[Entry]:
-    entries = [Entry(replace(spec, size=size, batch_size=plan.batch_for(size))) for spec in specs]
+def _measure_group(plan: ModelsPlan, entries: Sequence[Entry], progress: Progress) -> Sequence[Entry]:
+    """Time the contenders of one size, dtype and allocator in turn."""
+    first = entries[0]
+    where = f"{first.spec.size} px, {first.spec.dtype}, {first.allocator} malloc"
+    if plan.compile:
+        torch.compiler.reset()  # frees what was compiled for the last size
     for entry in entries:
-        progress(f"{entry.label} at {size} px: preparing")
+        progress(f"{entry.label} at {where}: preparing")
         _prepare(entry, plan.memory)
+        if entry.build_s is not None:
+            progress(f"{entry.label} at {where}: {entry.spec.mode} in {entry.build_s:.1f} s")
     running = {entry.label: entry for entry in entries if entry.reason is None}
-    progress(f"{size} px: timing {', '.join(running) or 'nothing'}")
+    progress(f"{where}: timing {', '.join(running) or 'nothing'}")
     timings = time_interleaved(
         {label: entry.step for label, entry in running.items()},
         device=plan.device,
@@ -232,27 +244,30 @@ def _measure_size(plan: ModelsPlan, size: int, specs: Sequence[StepSpec], progre
 
 def _prepare(entry: Entry, memory: bool) -> None:
     """Build the step and find all that is not a time; note why, where the model does not take the size."""
+    spec = entry.spec
     try:
-        step = ModelStep(entry.spec)
-        entry.parameters_m = step.parameters_m
-        entry.gmacs = step.gmacs()
-        step()
-        if memory:
-            entry.peak_mib = measure_peak_mib(entry.spec, kept=large_blocks_kept())
-        entry.step = step
+        entry.step = ModelStep(spec)
+        entry.step()
+        entry.build_s = entry.step.build_s
+        entry.parameters_m, entry.gmacs = count_work(spec.name, spec.size, spec.train)
+        if memory and spec.mode != "compiled":
+            entry.peak_mib = measure_peak_mib(spec, kept=entry.allocator == "kept")
     except Exception as error:  # timm's models say no in many ways: AssertionError, RuntimeError, ...
         entry.reason = first_line(error)
 
 
 def _set_ratios(entries: Sequence[Entry], model: str) -> None:
-    """Throughput of our model over each peer's, compiled against compiled and eager against eager."""
-    for ours in entries:
-        if ours.spec.name != model or ours.timing is None:
-            continue
-        for peer in entries:
-            comparable = peer.spec.name != model and peer.spec.compiled == ours.spec.compiled
-            if comparable and peer.timing is not None:
-                peer.ours_over_peer = speedup(ours.timing, peer.timing)
+    """Throughput of our model, as the commands run it, over every other contender's; eager over eager as well."""
+    timed = [entry for entry in entries if entry.timing is not None]
+    by_mode = {entry.spec.mode: entry for entry in timed if entry.spec.name == model}
+    eager = by_mode.get("eager")
+    # The commands run the model itself where `optimize` refuses it.
+    ours = by_mode.get("optimized", eager)
+    for entry in timed:
+        if ours is not None and entry is not ours:
+            entry.ours_over_peer = speedup(ours.timing, entry.timing)
+        if eager is not None and entry.spec.mode == "eager" and entry.spec.name != model:
+            entry.eager_over_peer = speedup(eager.timing, entry.timing)
 
 
 def _as_row(entry: Entry, entries: Sequence[Entry]) -> dict:
@@ -260,7 +275,9 @@ def _as_row(entry: Entry, entries: Sequence[Entry]) -> dict:
     spec = entry.spec
     row = {
         "model": spec.name,
-        "compiled": spec.compiled,
+        "mode": spec.mode,
+        "allocator": entry.allocator,
+        "dtype": spec.dtype,
         "size": spec.size,
         "batch_size": spec.batch_size,
         "channels_last": spec.channels_last,
@@ -272,36 +289,19 @@ def _as_row(entry: Entry, entries: Sequence[Entry]) -> dict:
         return row
     return {
         **row,
-        "images_per_s": entry.images_per_s,
+        "images_per_s": spec.batch_size / entry.timing.median_ms * 1e3,
         "ns_per_pixel": entry.ns_per_pixel,
         "ns_per_pixel_over_512": _over_reference_size(entry, entries),
+        "build_s": entry.build_s,
         "peak_mib": entry.peak_mib,
         "ours_over_peer": entry.ours_over_peer,
+        "eager_over_peer": entry.eager_over_peer,
         **entry.timing.as_dict(),
     }
 
 
 def _over_reference_size(entry: Entry, entries: Sequence[Entry]) -> float | None:
     for other in entries:
-        if other.spec.size == REFERENCE_SIZE and other.label == entry.label and other.timing is not None:
+        if other.spec.size == REFERENCE_SIZE and other.is_like(entry) and other.timing is not None:
             return entry.ns_per_pixel / other.ns_per_pixel
     return None
-
-
-def _table_row(row: dict) -> tuple[str, ...]:
-    name = f"{row['model']}*" if row["compiled"] else row["model"]
-    start = (name, str(row["size"]), str(row["batch_size"]))
-    if row["reason"] is not None:
-        return (*start, f"not measured: {row['reason']}")
-    lower, upper = row["quartiles_ms"]
-    return (
-        *start,
-        f"{row['images_per_s']:.2f}",
-        f"{(upper - lower) / 2 / row['median_ms'] * 100:.1f}",
-        optional_number(row["peak_mib"], ".0f"),
-        f"{row['parameters_m']:.2f}",
-        f"{row['gmacs']:.2f}",
-        f"{row['ns_per_pixel']:.0f}",
-        optional_number(row["ns_per_pixel_over_512"], ".2f"),
-        optional_number(row["ours_over_peer"], ".2f"),
-    )

@@ -171,7 +171,6 @@ _MAKERS = {
     "selective_scan": _selective_inputs,
     "causal_conv1d": _conv_inputs,
 }
-OPS = tuple(_MAKERS)
 
 
 def _decay(states: int) -> Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ssmamba_models import ops
 from ssmamba_models.benchmark.op_cases import OpCase, OpInputs, make_inputs
-from ssmamba_models.benchmark.timing import thread_count, time_interleaved
+from ssmamba_models.benchmark.timing import time_interleaved
 from ssmamba_models.ops import reference
+from ssmamba_models.threads import use_threads
 
 REFERENCE = "reference"  # the naive definition, called without any dispatch
 CONV1D = "torch conv1d"  # torch's own grouped convolution, then SiLU
@@ -102,7 +103,9 @@ def _grouped_conv1d(inputs: OpInputs) -> Tensor:
 
 @contextlib.contextmanager
 def _terms_of(contender: Contender) -> Iterator[None]:
-    with thread_count(contender.threads), forced_backend(contender.backend):
+    # Within what is timed: nothing is looked up for those in force.
+    threads = contextlib.nullcontext() if contender.threads is None else use_threads(contender.threads)
+    with threads, forced_backend(contender.backend):
         yield
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from ssmamba_models.benchmark.bandwidth import copy_bandwidth
-from ssmamba_models.benchmark.machine import describe_machine, machine_line, require_device
-from ssmamba_models.benchmark.op_cases import CASES, OPS, OpCase, OpInputs, make_inputs
+from ssmamba_models.benchmark.defaults import OPS
+from ssmamba_models.benchmark.machine import describe_machine, machine_text, require_device
+from ssmamba_models.benchmark.op_cases import CASES, OpCase, OpInputs, make_inputs
 from ssmamba_models.benchmark.op_contenders import (
     CONV1D,
     PASSES,
@@ -22,8 +23,9 @@ from ssmamba_models.benchmark.op_contenders import (
     make_call,
 )
 from ssmamba_models.benchmark.report import format_table, optional_number
-from ssmamba_models.benchmark.timing import Timing, speedup, thread_count, time_interleaved
+from ssmamba_models.benchmark.timing import Timing, speedup, time_interleaved
 from ssmamba_models.notice import first_line
+from ssmamba_models.threads import use_threads
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,7 +45,7 @@ class OpsPlan:
         device: "cpu" or "cuda".
         dtype: of the tensors that grow with the length: "float32", "bfloat16" or "float16".
         rounds: samples per contender.
-        threads: CPU threads inside an operator; None for torch's own number.
+        threads: CPU threads inside an operator; None for the cores that this process may use.
         budget_s: seconds per case and pass after which no further round begins.
         cases: the problems; None for those of `CASES` on the device.
         passes: of `PASSES`; None for those of `DEFAULT_PASSES` on the device.
@@ -88,7 +90,7 @@ def run_ops(plan: OpsPlan, progress: Progress = lambda line: None) -> dict:
     _check(plan)
     device = require_device(plan.device)
     backends, not_run = choose_backends(plan.backends, device)
-    with thread_count(plan.threads) as threads:
+    with use_threads(plan.threads) as threads:
         machine = describe_machine(device)
         bandwidth = copy_bandwidth(device)
         results = [row for case in _cases(plan) for row in _measure_case(plan, case, backends, bandwidth, progress)]
@@ -112,7 +114,7 @@ def format_ops(report: dict) -> str:
             rows.append((title,))
         rows.append(_table_row(row))
     notes = [
-        f"{report['settings']['dtype']}; {machine_line(report['machine'])}",
+        f"{report['settings']['dtype']}; {machine_text(report['machine'])}",
         "x: times faster. error: largest difference from the float64 definition over its largest value.",
         f"of floor: time over that of moving the bytes once at the {report['copy_gb_per_s']:.0f} GB/s at which this",
         "device copies; on a CPU, data that stay in the caches beat it. +-%: half the quartiles' distance.",

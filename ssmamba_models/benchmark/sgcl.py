@@ -16,15 +16,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ssmamba_models.benchmark.machine import describe_machine, machine_line, require_device
+from ssmamba_models.benchmark.machine import describe_machine, machine_text, require_device
 from ssmamba_models.benchmark.memory import MIB, growth_mib
 from ssmamba_models.benchmark.report import format_table, optional_number
-from ssmamba_models.benchmark.timing import Call, thread_count, time_interleaved
+from ssmamba_models.benchmark.timing import Call, time_interleaved
 from ssmamba_models.ssl.feature_bank import FeatureBank
 from ssmamba_models.ssl.hard_negatives import BetaHardNegativeSampler
 from ssmamba_models.ssl.nearest_rows import nearest_rows
 from ssmamba_models.ssl.propagation import SpatialPropagationMiner
 from ssmamba_models.ssl.spatial_neighbors import SpatialNeighborIndex
+from ssmamba_models.threads import use_threads
 
 MILLION = 1_000_000
 DIM = 128
@@ -55,7 +56,7 @@ class SgclBenchmark:
         memory: measure the peak memory of each piece; on a CPU in a process of its own.
         device: "cpu" or "cuda"; None takes a GPU where there is one.
         rounds: samples of each.
-        threads: CPU threads inside an operator; None for torch's own number.
+        threads: CPU threads inside an operator; None for the cores that this process may use.
         budget_s: seconds after which no further round begins.
     """
 
@@ -89,7 +90,7 @@ def run_sgcl(plan: SgclBenchmark, progress: Progress = lambda line: None) -> dic
         if getattr(plan, name) < least:
             raise ValueError(f"{name.replace('_', ' ')} must be at least {least}, got {getattr(plan, name)}")
     quarter = replace(plan, vectors=plan.vectors // 4)
-    with thread_count(plan.threads) as threads:
+    with use_threads(plan.threads) as threads:
         machine = describe_machine(plan.device)
         timings = {}
         for part in (quarter, plan):
@@ -177,7 +178,7 @@ def _peak_on_cuda(plan: SgclBenchmark, call: Call) -> float:
 
 
 def _peaks_on_cpu(plan: SgclBenchmark) -> dict[str, float]:
-    with thread_count(plan.threads):
+    with use_threads(plan.threads):
         # Once on few tiles: what libraries load at their first use is no memory of the piece.
         for call in _pieces(replace(plan, vectors=100)).values():
             call()
@@ -237,7 +238,7 @@ def format_sgcl(report: dict) -> str:
         f"banks: {held['measured']:.0f} MiB, of a million tiles {held['million']:.0f} MiB\n"
         f"{settings['vectors']:,} tiles, {settings['dim']}-d, features {settings['embed_dim']}-d, batches of "
         f"{settings['batch_size']}, k-means of {settings['kmeans']}\n"
-        f"{machine_line(report['machine'])}\n"
+        f"{machine_text(report['machine'])}\n"
         "MiB: on top of the banks, at the peak. An epoch has three k-means. 1 M: on the line through N and N / 4;\n"
         "memory of what goes in chunks (nearest entries, hard negatives) levels off below it."
     )

@@ -160,25 +160,6 @@ def best_of(call: Call, *, device: torch.device | str = "cpu", tries: int = 3) -
     return min(clock.milliseconds(call, 1) for _ in range(tries))
 
 
-@contextlib.contextmanager
-def thread_count(threads: int | None) -> Iterator[int]:
-    """Run with `threads` CPU threads inside an operator, and put the old number back.
-
-    `None` keeps the number that torch has; the number in force is yielded.
-    """
-    before = torch.get_num_threads()
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
-    if threads is None or threads == before:
-        yield before  # setting the number, even to what it is, may wake or rebuild the thread pool
-        return
-    torch.set_num_threads(threads)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(before)
-
-
 def _calibrate(clock: CpuClock | CudaClock, call: Call, sample_ms: float) -> int:
     """Warm up (compilation, page faults, caches), and find the calls that fill a sample."""
     if clock.milliseconds(call, 1) > LONG_CALL_MS:

@@ -1,25 +1,37 @@
-"""A step of MAMIM against a step of a masked autoencoder, and what a training waits for its data."""
+"""Training steps: supervised against peers, MAMIM against a masked autoencoder; and what a training waits for data."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ssmamba_models.benchmark.machine import describe_machine, machine_line, require_device
+from ssmamba_models.benchmark.allocators import in_turn
+from ssmamba_models.benchmark.defaults import (
+    ALLOCATORS,
+    DEFAULT_MODEL,
+    DEFAULT_PEER,
+    DEFAULT_PEERS,
+    DTYPE_CHOICES,
+    METHODS,
+)
+from ssmamba_models.benchmark.machine import describe_machine, machine_text, require_device
 from ssmamba_models.benchmark.mae import MaskedAutoencoder
 from ssmamba_models.benchmark.model_step import DTYPES
-from ssmamba_models.benchmark.models import DEFAULT_MODEL, require_model
+from ssmamba_models.benchmark.models import ModelsPlan, require_known, require_model, run_models
+from ssmamba_models.benchmark.models_table import spread
 from ssmamba_models.benchmark.report import format_table, optional_number
-from ssmamba_models.benchmark.timing import Timing, speedup, thread_count, time_interleaved
+from ssmamba_models.benchmark.timing import Timing, speedup, time_interleaved
+from ssmamba_models.benchmark.train_step import TrainStep
 from ssmamba_models.data.labelled import LabelledTiles, read_tiles
 from ssmamba_models.data.seeded import SeededTiles, collate_seeded
 from ssmamba_models.data.synthetic import write_synthetic_tiles
@@ -27,8 +39,8 @@ from ssmamba_models.engine.loop import to_device
 from ssmamba_models.engine.processes import default_workers
 from ssmamba_models.ssl.mamim import MAMIM
 from ssmamba_models.ssl.mamim_views import MamimViews
+from ssmamba_models.threads import use_threads
 
-DEFAULT_PEER = "vit_small_patch16_224"
 BATCH_SIZE = {"cpu": 8, "cuda": 128}
 PREFETCH = 2  # batches that a worker keeps ready
 SYNTHETIC_TILES_PER_KIND = 16
@@ -41,22 +53,28 @@ class TrainPlan:
     """What to measure.
 
     Attributes:
-        model: an ssmamba model, trained by MAMIM: two views per tile.
+        model: an ssmamba model; trained by MAMIM it computes two views per tile.
         peer: a ViT of timm, trained as a masked autoencoder (75 % dropped, decoder of 8 blocks, 512 wide): one view.
-        size: side of the views in pixels.
-        batch_size: tiles per step; None chooses by the device.
+        peers: models of timm whose supervised step is compared with ours.
+        method: "supervised", "mamim" (against the masked autoencoder, and the wait for data), or "both".
+        size: side of the images and views in pixels.
+        batch_size: tiles per step; None chooses by method and device.
         data: folder of tiles for the wait; None draws synthetic ones.
         workers: processes that decode and crop ahead; None chooses by the device.
-        wait_steps: training steps over which the wait is measured, after the first batches.
+        wait_steps: MAMIM steps over which the wait is measured, after the first batches.
         device: "cpu" or "cuda".
-        dtype: "float32", or "bfloat16" for autocast.
+        dtype: "float32", "bfloat16" for autocast, or "both"; the wait is measured in the last.
+        allocator: "system" leaves malloc as this process has it, "kept" keeps large blocks, "both" does one after the
+            other (see `benchmark.models.ModelsPlan`).
         rounds: samples per contender.
-        threads: CPU threads inside an operator; None for torch's own number.
-        budget_s: seconds after which no further round begins.
+        threads: CPU threads inside an operator; None for the cores that this process may use.
+        budget_s: seconds per comparison after which no further round begins.
     """
 
     model: str = DEFAULT_MODEL
     peer: str = DEFAULT_PEER
+    peers: Sequence[str] = DEFAULT_PEERS
+    method: str = "both"
     size: int = 224
     batch_size: int | None = None
     data: str | None = None
@@ -64,38 +82,20 @@ class TrainPlan:
     wait_steps: int = 10
     device: str = "cpu"
     dtype: str = "float32"
+    allocator: str = "system"
     rounds: int = 7
     threads: int | None = None
     budget_s: float = 120.0
 
     @property
     def batch(self) -> int:
-        """Tiles per step."""
+        """Tiles per step of MAMIM."""
         return BATCH_SIZE[torch.device(self.device).type] if self.batch_size is None else self.batch_size
 
-
-class TrainStep:
-    """Forward, backward and AdamW step of a module that returns its loss.
-
-    Args:
-        module: called with a batch as `MamimViews` makes it, on its device.
-        plan: names the device and the dtype.
-    """
-
-    def __init__(self, module: nn.Module, plan: TrainPlan) -> None:
-        # As the training loop does; the ViT has one convolution, to which it is the same.
-        self.module = module.to(plan.device, memory_format=torch.channels_last).train()
-        self.device, self.dtype = torch.device(plan.device), DTYPES[plan.dtype]
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.parameters_m = sum(parameter.numel() for parameter in trained) / 1e6
-        self._optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-
-    def __call__(self, batch: dict[str, Tensor]) -> None:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            loss = self.module(batch)
-        loss.backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Those to compute in."""
+        return DTYPES if self.dtype == "both" else (self.dtype,)
 
 
 class _MamimLoss(nn.Module):
@@ -117,51 +117,51 @@ class _MaeLoss(nn.Module):
 
 
 def run_train(plan: TrainPlan, progress: Progress = lambda line: None) -> dict:
-    """Measure the steps of both contenders on one batch, in turn, then a MAMIM training that reads its data.
+    """Measure the training steps that `plan` asks for, contenders in turn, then a MAMIM training that reads its data.
 
     Returns:
-        {"benchmark", "machine", "settings", "results": [row, row], "data": {...}}, ready for JSON. A row holds model,
-        method, views (per tile), parameters_m (trained), images_per_s (tiles), ours_over_peer, and the samples; data
-        holds source, tiles, workers, steps, images_per_s, wait_share (of the time, for data), wait_s and step_s.
+        {"benchmark", "machine", "settings", "results": [row, ...], "data": {...}}, ready for JSON. A row holds model,
+        method ("supervised", "mamim", "mae"), views (per tile), dtype, allocator, size, batch_size, parameters_m
+        (trained), reason (why there is no more), images_per_s (tiles), ours_over_peer, and the samples. data holds
+        source, tiles, workers, dtype, steps, images_per_s, wait_share (of the time, for data), wait_s and step_s; it is
+        None without MAMIM.
 
     Raises:
         ValueError: a model that is unknown or of the wrong kind, a number out of range, a device that is not here.
         OSError: the folder of tiles cannot be read.
     """
     _check(plan)
-    with thread_count(plan.threads) as threads, _tiles(plan, progress) as tiles:
+    with use_threads(plan.threads) as threads, _mamim(plan, progress) as mamim:
         machine = describe_machine(plan.device)
-        torch.manual_seed(0)
-        loader = _loader(plan, tiles)
-        steps = {"mamim": TrainStep(_MamimLoss(plan), plan), "mae": TrainStep(_MaeLoss(plan), plan)}
-        progress(f"timing {plan.model} (MAMIM) and {plan.peer} (MAE), {plan.batch} tiles of {plan.size} px")
-        rows = _time_steps(plan, steps, _first_batch(plan, tiles))
-        progress(f"{plan.model}: {len(loader)} steps with data from {plan.data or 'synthetic tiles'}")
-        waited = _measure_wait(plan, steps["mamim"], loader)
-    return {
-        "benchmark": "train",
-        "machine": machine,
-        "settings": {**asdict(plan), "batch_size": plan.batch, "workers": loader.num_workers, "threads": threads},
-        "results": rows,
-        "data": {"source": plan.data or "synthetic", "tiles": len(tiles), "workers": loader.num_workers, **waited},
-    }
+        rows = []
+        for allocator in in_turn(plan.allocator):
+            for dtype in plan.dtypes:
+                if plan.method != "mamim":
+                    rows += _supervised_rows(plan, dtype, progress)
+                if mamim is not None:
+                    rows += mamim.rows(dtype, allocator)
+        data = None if mamim is None else mamim.wait(plan.dtypes[-1])
+    settings = {**asdict(plan), "peers": list(plan.peers), "threads": threads}
+    return {"benchmark": "train", "machine": machine, "settings": settings, "results": rows, "data": data}
 
 
 def format_train(report: dict) -> str:
     """The report of `run_train` as a table for a person."""
-    headers = ("model", "method", "views", "M par", "img/s", "+-%", "ours/it")
-    rows = [_table_row(row) for row in report["results"]]
-    settings, data = report["settings"], report["data"]
-    return (
-        f"{format_table(headers, rows, left=2)}\n\n"
-        f"waits for data {data['wait_share']:.1%} of the time: {data['images_per_s']:.2f} img/s with "
-        f"{data['workers']} worker processes over {data['steps']} steps\n"
-        f"data: {data['source']}\n"
-        f"steps of {settings['batch_size']} tiles at {settings['size']} px, {settings['dtype']}\n"
-        f"{machine_line(report['machine'])}\n"
-        "img/s: tiles; MAMIM computes two views of each. M par: trained parameters, the decoder's included.\n"
-        f"ours/it: throughput of {settings['model']} over that model's. +-%: half the quartiles' distance."
-    )
+    headers = ("model", "method", "dtype", "malloc", "views", "batch", "M par", "img/s", "+-%", "ours/it")
+    rows, data, settings = report["results"], report["data"], report["settings"]
+    notes = [f"training steps at {settings['size']} px", machine_text(report["machine"], [r["dtype"] for r in rows])]
+    if data is not None:
+        notes[:0] = [
+            f"waits for data {data['wait_share']:.1%} of the time: {data['images_per_s']:.2f} img/s with "
+            f"{data['workers']} worker processes over {data['steps']} steps of MAMIM, {data['dtype']}",
+            f"data: {data['source']}",
+        ]
+    notes += [
+        "img/s: tiles; MAMIM computes two views of each. M par: trained parameters, the decoder's included.",
+        f"ours/it: throughput of {settings['model']} by the same kind of training over that model's; MAE is MAMIM's.",
+        "+-%: half the quartiles' distance.",
+    ]
+    return "\n".join([format_table(headers, [_table_row(row) for row in rows], left=4), "", *notes])
 
 
 def _check(plan: TrainPlan) -> None:
@@ -174,8 +174,80 @@ def _check(plan: TrainPlan) -> None:
             raise ValueError(f"{what} must be at least 1, got {value}")
     if plan.workers is not None and plan.workers < 0:
         raise ValueError(f"workers must be at least 0, got {plan.workers}")
-    if plan.dtype not in DTYPES:
-        raise ValueError(f"dtype {plan.dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
+    for what, known in (("method", METHODS), ("dtype", DTYPE_CHOICES), ("allocator", ALLOCATORS)):
+        require_known(what, getattr(plan, what), known)
+
+
+def _supervised_rows(plan: TrainPlan, dtype: str, progress: Progress) -> list[dict]:
+    models = ModelsPlan(
+        model=plan.model,
+        peers=plan.peers,
+        sizes=(plan.size,),
+        batch_size=plan.batch_size,
+        device=plan.device,
+        dtype=dtype,
+        train=True,
+        memory=False,
+        rounds=plan.rounds,
+        budget_s=plan.budget_s,
+    )
+    return [{"method": "supervised", "views": 1, **row} for row in run_models(models, progress)["results"]]
+
+
+class _Mamim:
+    """The steps of MAMIM and of the masked autoencoder over the same tiles.
+
+    Raises:
+        ValueError: a model of the wrong kind, or no readable tile.
+    """
+
+    def __init__(self, plan: TrainPlan, tiles: LabelledTiles, progress: Progress) -> None:
+        torch.manual_seed(0)
+        self.plan, self.tiles, self.progress = plan, tiles, progress
+        self.batch = _first_batch(plan, tiles)
+        self.losses: dict[str, nn.Module] = {"mamim": _MamimLoss(plan), "mae": _MaeLoss(plan)}
+
+    def rows(self, dtype: str, allocator: str) -> list[dict]:
+        plan = self.plan
+        names = f"{plan.model} (MAMIM) and {plan.peer} (MAE)"
+        self.progress(f"{plan.size} px, {dtype}, {allocator} malloc: timing {names}, {plan.batch} tiles")
+        steps = {name: TrainStep(loss, plan.device, dtype) for name, loss in self.losses.items()}
+        timings = time_interleaved(
+            {name: (lambda step=step: step(self.batch)) for name, step in steps.items()},
+            device=plan.device,
+            rounds=plan.rounds,
+            budget_s=plan.budget_s,
+        )
+        common = {"dtype": dtype, "allocator": allocator, "size": plan.size, "batch_size": plan.batch, "reason": None}
+        ratio = speedup(timings["mamim"], timings["mae"])
+        ours = {"model": plan.model, "method": "mamim", "views": 2, "ours_over_peer": None}
+        peer = {"model": plan.peer, "method": "mae", "views": 1, "ours_over_peer": ratio}
+        return [
+            {**ours, **common, **self._measured(steps["mamim"], timings["mamim"])},
+            {**peer, **common, **self._measured(steps["mae"], timings["mae"])},
+        ]
+
+    def _measured(self, step: TrainStep, timing: Timing) -> dict[str, Any]:
+        images_per_s = self.plan.batch / timing.median_ms * 1e3
+        return {"parameters_m": step.parameters_m, "images_per_s": images_per_s, **timing.as_dict()}
+
+    def wait(self, dtype: str) -> dict[str, Any]:
+        """What a MAMIM training in `dtype` waits for its data."""
+        plan = self.plan
+        loader = _loader(plan, self.tiles)
+        self.progress(f"{plan.model}: {len(loader)} steps with data from {plan.data or 'synthetic tiles'}")
+        source = {"source": plan.data or "synthetic", "tiles": len(self.tiles), "workers": loader.num_workers}
+        waited = _measure_wait(plan, TrainStep(self.losses["mamim"], plan.device, dtype), loader)
+        return {**source, "dtype": dtype, **waited}
+
+
+@contextlib.contextmanager
+def _mamim(plan: TrainPlan, progress: Progress) -> Iterator[_Mamim | None]:
+    if plan.method == "supervised":
+        yield None
+        return
+    with _tiles(plan, progress) as tiles:
+        yield _Mamim(plan, tiles, progress)
 
 
 @contextlib.contextmanager
@@ -216,34 +288,6 @@ def _first_batch(plan: TrainPlan, tiles: LabelledTiles) -> dict[str, Tensor]:
     return to_device(batch.views, torch.device(plan.device))
 
 
-def _time_steps(plan: TrainPlan, steps: dict[str, TrainStep], batch: dict[str, Tensor]) -> list[dict]:
-    timings = time_interleaved(
-        {name: (lambda step=step: step(batch)) for name, step in steps.items()},
-        device=plan.device,
-        rounds=plan.rounds,
-        budget_s=plan.budget_s,
-    )
-    ratio = speedup(timings["mamim"], timings["mae"])
-    return [
-        _as_row(plan, plan.model, "mamim", 2, steps["mamim"], timings["mamim"], None),
-        _as_row(plan, plan.peer, "mae", 1, steps["mae"], timings["mae"], ratio),
-    ]
-
-
-def _as_row(
-    plan: TrainPlan, model: str, method: str, views: int, step: TrainStep, timing: Timing, ratio: float | None
-) -> dict:
-    return {
-        "model": model,
-        "method": method,
-        "views": views,
-        "parameters_m": step.parameters_m,
-        "images_per_s": plan.batch / timing.median_ms * 1e3,
-        "ours_over_peer": ratio,
-        **timing.as_dict(),
-    }
-
-
 def _measure_wait(plan: TrainPlan, step: TrainStep, loader: DataLoader) -> dict:
     """Time spent in getting the next batch, and in all, over the last `wait_steps` of the loader's steps."""
     batches, waits, totals = iter(loader), [], []
@@ -267,13 +311,13 @@ def _measure_wait(plan: TrainPlan, step: TrainStep, loader: DataLoader) -> dict:
 
 
 def _table_row(row: dict) -> tuple[str, ...]:
-    lower, upper = row["quartiles_ms"]
+    start = (row["model"], row["method"], row["dtype"], row["allocator"], str(row["views"]), str(row["batch_size"]))
+    if row["reason"] is not None:
+        return (*start, f"not measured: {row['reason']}")
     return (
-        row["model"],
-        row["method"],
-        str(row["views"]),
+        *start,
         f"{row['parameters_m']:.2f}",
         f"{row['images_per_s']:.2f}",
-        f"{(upper - lower) / 2 / row['median_ms'] * 100:.1f}",
+        spread(row),
         optional_number(row["ours_over_peer"], ".2f"),
     )

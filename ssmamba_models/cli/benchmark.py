@@ -8,28 +8,23 @@ from typing import Any
 
 import click
 
-from ssmamba_models.benchmark.all_benchmarks import TITLE, AllPlan, markdown_all, run_all
-from ssmamba_models.benchmark.extract import ExtractBenchmark, format_extract, run_extract
-from ssmamba_models.benchmark.models import (
+from ssmamba_models.benchmark.defaults import (
     ALLOCATORS,
     DEFAULT_MODEL,
+    DEFAULT_PEER,
     DEFAULT_PEERS,
     DEFAULT_SIZES,
-    DTYPES,
+    DTYPE_CHOICES,
     LAYOUTS,
-    ModelsPlan,
-    format_models,
-    run_models,
+    METHODS,
+    OP_DTYPES,
+    OPS,
+    TITLE,
 )
-from ssmamba_models.benchmark.op_cases import OPS
-from ssmamba_models.benchmark.ops import DTYPES as OP_DTYPES
-from ssmamba_models.benchmark.ops import OpsPlan, format_ops, run_ops
-from ssmamba_models.benchmark.sgcl import SgclBenchmark, format_sgcl, run_sgcl
-from ssmamba_models.benchmark.train import DEFAULT_PEER, TrainPlan, format_train, run_train
-from ssmamba_models.cli.options import add_options, check_json, json_option, write_results
+from ssmamba_models.choices import KMEANS
+from ssmamba_models.cli.options import add_options, check_json, json_option, threads_option, write_results
 from ssmamba_models.engine.process_memory import keep_large_blocks
 from ssmamba_models.output import check_output, whole_file
-from ssmamba_models.ssl.propagation import KMEANS
 
 
 @click.group()
@@ -44,15 +39,30 @@ def command(ctx: click.Context) -> None:
     Example:
       ssmamba benchmark models --sizes 224,512 --json models.json
     """
-    if ctx.invoked_subcommand not in ("models", "all"):
+    if ctx.invoked_subcommand not in ("models", "train", "all"):
         keep_large_blocks()  # as the commands do whose work is measured
 
 
 _COMMON = (
     click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to run."),
-    click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]"),
+    threads_option,
     click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Samples each."),
     json_option,
+)
+
+_DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(DTYPE_CHOICES),
+    default="float32",
+    show_default=True,
+    help="Computation precision; bfloat16 of eager models is autocast.",
+)
+_PEERS = click.option(
+    "--peers",
+    default=",".join(DEFAULT_PEERS),
+    show_default=", ".join(DEFAULT_PEERS),
+    metavar="NAMES",
+    help="Models of timm to compare it with; commas between.",
 )
 
 
@@ -64,9 +74,7 @@ def _common_options(function: Callable) -> Callable:
 @command.command("ops")
 @click.option("--op", "ops", multiple=True, type=click.Choice(OPS), help="Measure this operator; repeatable.")
 @click.option("--backend", "backends", multiple=True, help="Measure this backend; repeatable.  [default: all]")
-@click.option(
-    "--dtype", type=click.Choice(tuple(OP_DTYPES)), default="float32", show_default=True, help="Of activations."
-)
+@click.option("--dtype", type=click.Choice(OP_DTYPES), default="float32", show_default=True, help="Of activations.")
 @click.option("--budget", default=60.0, show_default=True, help="Seconds per case before rounds are cut.")
 @_common_options
 def ops(
@@ -87,6 +95,8 @@ def ops(
 
     Exit code: 0 measured, 2 bad input.
     """
+    from ssmamba_models.benchmark.ops import OpsPlan, format_ops, run_ops
+
     plan = OpsPlan(
         ops=ops or None,
         backends=backends or None,
@@ -101,13 +111,7 @@ def ops(
 
 @command.command("models")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="The model to compare.")
-@click.option(
-    "--peers",
-    default=",".join(DEFAULT_PEERS),
-    show_default=", ".join(DEFAULT_PEERS),
-    metavar="NAMES",
-    help="Models of timm to compare it with; commas between.",
-)
+@_PEERS
 @click.option(
     "--sizes",
     default=",".join(map(str, DEFAULT_SIZES)),
@@ -120,9 +124,9 @@ def ops(
     type=click.IntRange(1),
     help="Images per batch.  [default: chosen per size, holding the pixels per batch]",
 )
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the computation.")
-@click.option("--train", is_flag=True, help="Measure training steps instead of inference.")
-@click.option("--compile", "compiled", is_flag=True, help="Measure each through torch.compile too.")
+@_DTYPE
+@click.option("--train", is_flag=True, help="Measure supervised training steps instead of inference.")
+@click.option("--compile", "compiled", is_flag=True, help="Measure peers through torch.compile too; takes minutes.")
 @click.option(
     "--layout",
     type=click.Choice(LAYOUTS),
@@ -135,10 +139,10 @@ def ops(
     type=click.Choice(ALLOCATORS),
     default="system",
     show_default=True,
-    help="Memory on a CPU. system: as in a Python program of your own; kept: freed blocks stay, as in ssmamba extract.",
+    help="CPU memory. system: as in a Python program of your own; kept: freed blocks stay, as in ssmamba extract.",
 )
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Measure peak memory.")
-@click.option("--budget", default=120.0, show_default=True, help="Seconds per size before rounds are cut.")
+@click.option("--budget", default=120.0, show_default=True, help="Seconds per comparison before rounds are cut.")
 @_common_options
 def models(
     model: str,
@@ -159,12 +163,18 @@ def models(
 ) -> None:
     """A model against its peers: images per second, peak memory and size.
 
+    In inference the model is measured as commands run it (ssmamba_models.optimize) and eager, its peers eager and, with
+    --compile, through torch.compile (inductor, frozen weights); one table has all ratios.
+
     \b
     Example:
-      ssmamba benchmark models --model ssmamba_tiny --sizes 224,512
+      ssmamba benchmark models --dtype both --allocator both --compile
 
     Exit code: 0 measured, 2 bad input.
     """
+    from ssmamba_models.benchmark.models import ModelsPlan, run_models
+    from ssmamba_models.benchmark.models_table import format_models
+
     plan = ModelsPlan(
         model=model,
         peers=_split(peers),
@@ -185,7 +195,15 @@ def models(
 
 
 @command.command("train")
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Our model, trained by MAMIM.")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Our model.")
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="both",
+    show_default=True,
+    help="Steps to measure; mamim: against a masked autoencoder, and the wait for data.",
+)
+@_PEERS
 @click.option("--peer", default=DEFAULT_PEER, show_default=True, help="A ViT of timm, trained as a masked autoencoder.")
 @click.option(
     "--img-size",
@@ -194,27 +212,38 @@ def models(
     type=click.IntRange(1),
     default=224,
     show_default=True,
-    help="Side of the views in pixels.",
+    help="Side of the images in pixels.",
 )
-@click.option("--batch-size", type=click.IntRange(1), help="Tiles per step.  [default: chosen by the device]")
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the computation.")
+@click.option("--batch-size", type=click.IntRange(1), help="Tiles per step.  [default: chosen by method and device]")
+@_DTYPE
+@click.option(
+    "--allocator",
+    type=click.Choice(ALLOCATORS),
+    help="CPU memory, as of `benchmark models`.  [default: kept where that is possible, as in ssmamba pretrain]",
+)
 @click.option("--data", type=click.Path(), help="Folder of tiles to read.  [default: synthetic tiles]")
 @click.option("--workers", type=click.IntRange(0), help="Processes that read tiles.  [default: chosen by the device]")
 @click.option("--wait-steps", type=click.IntRange(1), default=10, show_default=True, help="Steps that read their data.")
-@click.option("--budget", default=120.0, show_default=True, help="Seconds before rounds are cut.")
+@click.option("--budget", default=120.0, show_default=True, help="Seconds per comparison before rounds are cut.")
 @_common_options
-def train(json_path: Path | None, budget: float, **options: Any) -> None:
-    """A step of MAMIM against one of a masked autoencoder.
+def train(json_path: Path | None, budget: float, peers: str, allocator: str | None, **options: Any) -> None:
+    """Training steps: supervised against peers, MAMIM against a masked autoencoder.
 
-    Says also how much of its time a training waits for data.
+    Says also how much of its time a MAMIM training waits for data. Supervised steps of several sizes, or through
+    torch.compile: `benchmark models --train`.
 
     \b
     Example:
-      ssmamba benchmark train --model ssmamba_tiny --data tiles
+      ssmamba benchmark train --dtype both --data tiles
 
     Exit code: 0 measured, 2 bad input.
     """
-    _run(run_train, TrainPlan(**options, budget_s=budget), format_train, json_path)
+    from ssmamba_models.benchmark.train import TrainPlan, format_train, run_train
+
+    if allocator is None:
+        keep_large_blocks()
+    plan = TrainPlan(**options, peers=_split(peers), allocator=allocator or "system", budget_s=budget)
+    _run(run_train, plan, format_train, json_path)
 
 
 @command.command("extract")
@@ -224,7 +253,7 @@ def train(json_path: Path | None, budget: float, **options: Any) -> None:
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Tiles per forward pass.")
 @click.option("--workers", type=click.IntRange(0), help="Processes that read tiles.  [default: chosen by the device]")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to run.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]")
+@threads_option
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Runs.")
 @json_option
 def extract(json_path: Path | None, **options: Any) -> None:
@@ -238,6 +267,8 @@ def extract(json_path: Path | None, **options: Any) -> None:
 
     Exit code: 0 measured, 2 bad input.
     """
+    from ssmamba_models.benchmark.extract import ExtractBenchmark, format_extract, run_extract
+
     _run(run_extract, ExtractBenchmark(**options), format_extract, json_path)
 
 
@@ -249,7 +280,7 @@ def extract(json_path: Path | None, **options: Any) -> None:
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Measure peak memory.")
 @click.option("--budget", default=300.0, show_default=True, help="Seconds before rounds are cut.")
 @click.option("--device", metavar="cpu|cuda", help="Where to run.  [default: a GPU where there is one]")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]")
+@threads_option
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Samples each.")
 @json_option
 def sgcl(json_path: Path | None, budget: float, **options: Any) -> None:
@@ -263,13 +294,15 @@ def sgcl(json_path: Path | None, budget: float, **options: Any) -> None:
 
     Exit code: 0 measured, 2 bad input.
     """
+    from ssmamba_models.benchmark.sgcl import SgclBenchmark, format_sgcl, run_sgcl
+
     _run(run_sgcl, SgclBenchmark(**options, budget_s=budget), format_sgcl, json_path)
 
 
 @command.command("all")
 @click.option("--quick", is_flag=True, help="Tiny models on small inputs: to see that everything runs.")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to run.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own number]")
+@threads_option
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for report.md, which must exist.  [default: none]")
 @json_option
 def everything(json_path: Path | None, out: Path | None, **options: Any) -> None:
@@ -283,6 +316,8 @@ def everything(json_path: Path | None, out: Path | None, **options: Any) -> None
 
     Exit code: 0 measured, 2 bad input.
     """
+    from ssmamba_models.benchmark.all_benchmarks import AllPlan, markdown_all, run_all
+
     page = None if out is None else _check_page(out / "report.md")
     check_json(json_path)
     report = run_all(AllPlan(**options), progress=lambda line: click.echo(line, err=True))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ssmamba_models.cli.options import check_json, is_stdout, json_option, printable, write_results
-from ssmamba_models.data.feature_check import FileReport, check_feature_files
-from ssmamba_models.data.hdf5 import hdf5_files
+
+if TYPE_CHECKING:
+    from ssmamba_models.data.feature_check import FileReport
 
 
 @click.command()
@@ -31,6 +33,9 @@ def command(ctx: click.Context, paths: tuple[Path, ...], json_path: Path | None,
 
     Exit code: 0 all is well, 1 there are problems, 2 bad input.
     """
+    from ssmamba_models.data.feature_check import check_feature_files
+    from ssmamba_models.data.hdf5 import hdf5_files
+
     check_json(json_path)
     # A file named twice, by itself and by its folder, is checked once.
     files = dict.fromkeys(file for path in paths for file in hdf5_files(path))

@@ -6,14 +6,13 @@ from typing import Any
 
 import click
 
-from ssmamba_models.data.convert import LAYOUTS, convert_features
-from ssmamba_models.data.slide_table import read_slide_table
+from ssmamba_models.choices import FEATURE_LAYOUTS
 
 
 @click.command()
 @click.argument("source", metavar="SRC", type=click.Path())
-@click.option("--from", "source_layout", required=True, type=click.Choice(LAYOUTS), help="Layout of SRC.")
-@click.option("--to", "target_layout", required=True, type=click.Choice(LAYOUTS), help="Layout to write.")
+@click.option("--from", "source_layout", required=True, type=click.Choice(FEATURE_LAYOUTS), help="Layout of SRC.")
+@click.option("--to", "target_layout", required=True, type=click.Choice(FEATURE_LAYOUTS), help="Layout to write.")
 @click.option("--out", required=True, type=click.Path(), help="Folder to write; made where it is missing.")
 @click.option(
     "--mpp-override", "--level0-mpp", "level0_mpp", type=float, help="Micrometres per level-0 pixel of all slides."
@@ -45,6 +44,9 @@ def command(
 
     Exit code: 0 all files converted, 1 some could not be (each is listed), 2 bad input.
     """
+    from ssmamba_models.data.convert import convert_features
+    from ssmamba_models.data.slide_table import read_slide_table
+
     places = ("source_layout", "target_layout", "out", "overwrite")
     given = {name: value for name, value in options.items() if name not in places and value is not None}
     summary = convert_features(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
-from PIL import Image
-from timm.models import get_pretrained_cfg, is_model
 
-from ssmamba_models.data.synthetic import synthetic_he
-from ssmamba_models.data.tiles import read_tile
-from ssmamba_models.engine.encoder import Encoder, load_encoder
-from ssmamba_models.evaluation.token_map import draw_token_map, token_grid
+from ssmamba_models.cli.options import threads_option
 from ssmamba_models.output import check_output, whole_file
+from ssmamba_models.threads import threaded
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from ssmamba_models.engine.encoder import Encoder
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 _FORMATS = ", ".join(_SUFFIXES)
@@ -40,7 +42,9 @@ _FORMATS = ", ".join(_SUFFIXES)
     help="Side of the input in pixels.",
 )
 @click.option("--point", type=int, nargs=2, help="X Y of the marked token in the input. Default: the centre.")
+@threads_option
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
+@threaded
 def command(
     image: str | None,
     out: str,
@@ -49,6 +53,7 @@ def command(
     checkpoint: str | None,
     img_size: int,
     point: tuple[int, int] | None,
+    threads: int | None,
     device: str | None,
 ) -> None:
     """Create a model, embed an image and draw what it sees.
@@ -63,6 +68,10 @@ def command(
 
     Exit code: 0 drawn, 2 bad input.
     """
+    from ssmamba_models.data.synthetic import synthetic_he
+    from ssmamba_models.engine.encoder import load_encoder
+    from ssmamba_models.evaluation.token_map import draw_token_map, token_grid
+
     _check_picture(out, image)
     source = _read(image) if image else synthetic_he(img_size, seed=18)
     if pretrained is None:
@@ -70,7 +79,7 @@ def command(
     encoder = load_encoder(model, pretrained=pretrained, checkpoint=checkpoint, device=device, img_size=img_size)
     images = encoder.transform(source)[None]
     features, seconds = _timed_embed(encoder, images)
-    tokens = token_grid(encoder.model, images.to(encoder.device))[0]
+    tokens = token_grid(encoder.runner, images.to(encoder.device))[0]
     picture = draw_token_map(_as_seen(encoder, images[0]), tokens, point)
     with whole_file(out, overwrite=True) as part:
         picture.save(part)
@@ -82,6 +91,8 @@ def command(
 
 def _packaged(model: str) -> bool:
     """Whether the package itself holds weights of this name: no network is needed."""
+    from timm.models import get_pretrained_cfg, is_model
+
     name = model.split(".")[0]
     try:
         config = get_pretrained_cfg(model) if is_model(name) else None
@@ -98,6 +109,8 @@ def _check_picture(out: str, image: str | None) -> None:
 
 
 def _read(path: str) -> Image.Image:
+    from ssmamba_models.data.tiles import read_tile
+
     if not Path(path).is_file():
         raise FileNotFoundError(f"the image {path!r} does not exist (or is a folder)")
     try:
@@ -114,6 +127,9 @@ def _timed_embed(encoder: Encoder, images: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _as_seen(encoder: Encoder, image: torch.Tensor) -> Image.Image:
+    import torch
+    from PIL import Image
+
     # Undo the normalisation: the picture shows what the model saw after resizing and cropping.
     mean, std = (torch.tensor(encoder.data_config[key]).view(3, 1, 1) for key in ("mean", "std"))
     pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ssmamba_models.cli.options import pool_option, precision_option, printable
-from ssmamba_models.engine.embed import EmbedSummary, embed_folder
+from ssmamba_models.cli.options import pool_option, precision_option, printable, threads_option
+
+if TYPE_CHECKING:
+    from ssmamba_models.engine.embed import EmbedSummary
 
 
 @click.command()
@@ -20,6 +22,7 @@ from ssmamba_models.engine.embed import EmbedSummary, embed_folder
 @click.option(
     "--workers", type=click.IntRange(0), help="Processes that decode tiles; 0: none. Default: by the machine."
 )
+@threads_option
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
 @precision_option
 @click.option(
@@ -44,6 +47,8 @@ def command(ctx: click.Context, quiet: bool, **options: Any) -> None:
 
     Exit code: 0 all tiles embedded, 1 some were unreadable (each is listed), 2 bad input.
     """
+    from ssmamba_models.engine.embed import embed_folder
+
     summary = embed_folder(**options, progress=not quiet)
     if not quiet:
         _report(summary)

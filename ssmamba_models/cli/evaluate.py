@@ -6,12 +6,7 @@ from typing import Any
 
 import click
 
-from ssmamba_models.cli.options import pool_option, precision_option, printable
-from ssmamba_models.evaluation.embedding import Embedding
-from ssmamba_models.evaluation.evaluate import evaluate
-from ssmamba_models.evaluation.model_choice import parse_models
-from ssmamba_models.evaluation.settings import Settings
-from ssmamba_models.evaluation.tasks import parse_task
+from ssmamba_models.cli.options import pool_option, precision_option, printable, threads_option
 
 
 @click.command()
@@ -49,6 +44,7 @@ from ssmamba_models.evaluation.tasks import parse_task
 @click.option(
     "--workers", type=click.IntRange(0), help="Processes that decode tiles; 0: none. Default: by the machine."
 )
+@threads_option
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
 @precision_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing report; features that fit are used again.")
@@ -83,6 +79,12 @@ def command(
 
     Exit code: 0 all tiles scored, 1 some were unreadable (each is listed), 2 bad input.
     """
+    from ssmamba_models.evaluation.embedding import Embedding
+    from ssmamba_models.evaluation.evaluate import evaluate
+    from ssmamba_models.evaluation.model_choice import parse_models
+    from ssmamba_models.evaluation.settings import Settings
+    from ssmamba_models.evaluation.tasks import parse_task
+
     report = evaluate(
         data,
         parse_models(models, init),

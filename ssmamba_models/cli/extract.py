@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ssmamba_models.choices import ENGINES, FEATURE_DTYPES
 from ssmamba_models.cli.options import pool_option, precision_option
 from ssmamba_models.cli.slide_jobs import (
     job_options,
@@ -17,11 +18,10 @@ from ssmamba_models.cli.slide_jobs import (
     show_slides,
     tiling_options,
 )
-from ssmamba_models.wsi.dry_run import DryRun, dry_run
-from ssmamba_models.wsi.extract import ExtractResult, extract_slides
-from ssmamba_models.wsi.extract_plan import DTYPES, ENGINES, ExtractPlan
-from ssmamba_models.wsi.slide_list import parse_shard
-from ssmamba_models.wsi.status import FAILED
+
+if TYPE_CHECKING:
+    from ssmamba_models.wsi.dry_run import DryRun
+    from ssmamba_models.wsi.extract import ExtractResult
 
 
 @click.command()
@@ -31,7 +31,9 @@ from ssmamba_models.wsi.status import FAILED
 @click.option("--checkpoint", type=click.Path(), help="Use the weights of this file or run folder.")
 @tiling_options
 @pool_option
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of stored features.")
+@click.option(
+    "--dtype", type=click.Choice(FEATURE_DTYPES), default="float32", show_default=True, help="Of stored features."
+)
 @click.option("--grid", is_flag=True, help="Store the token map of each tile too (large).")
 @click.option(
     "--shared-aug",
@@ -71,6 +73,11 @@ def command(
     Exit code: 0 no slide failed (stderr tells of those still in other processes' hands), 1 some failed (each is
     listed), 2 bad input.
     """
+    from ssmamba_models.wsi.dry_run import dry_run
+    from ssmamba_models.wsi.extract import extract_slides
+    from ssmamba_models.wsi.extract_plan import ExtractPlan
+    from ssmamba_models.wsi.slide_list import parse_shard
+
     plan = ExtractPlan(**options, shard=parse_shard(shard))
     if dry:
         ctx.exit(_show_plan(dry_run(slides, out, plan, progress=not quiet)))
@@ -91,6 +98,8 @@ def _report(result: ExtractResult) -> None:
 
 
 def _show_plan(run: DryRun) -> int:
+    from ssmamba_models.wsi.status import FAILED
+
     show_slides(run.slides)
     hours = datetime.timedelta(seconds=round(run.seconds))
     bags = f" and {run.bag_tiles} of bags" if run.bag_tiles else ""

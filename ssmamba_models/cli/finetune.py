@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ssmamba_models.cli.runs import configured, exit_code, read_config, report_end, run_options
-from ssmamba_models.engine.finetune import FinetuneResult, finetune
-from ssmamba_models.engine.finetune_config import FinetuneConfig
+
+if TYPE_CHECKING:
+    from ssmamba_models.engine.finetune import FinetuneResult
 
 
 @click.command()
@@ -67,6 +68,9 @@ def command(
 
     Exit code: 0 trained to the end, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM (with a checkpoint).
     """
+    from ssmamba_models.engine.finetune import finetune
+    from ssmamba_models.engine.finetune_config import FinetuneConfig
+
     config = read_config(FinetuneConfig, config_file, out, resume, settings, options)
     result = finetune(config, out, resume=resume, progress=not quiet)
     report_end(result.training, _closing(result) if result.best else "", quiet)

@@ -6,11 +6,7 @@ import fnmatch
 from pathlib import Path
 
 import click
-import timm
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-import ssmamba_models
 from ssmamba_models.cli.options import check_json, json_option, write_results
 
 _SIDE = 224
@@ -39,7 +35,9 @@ def command(pattern: str, json_path: Path | None) -> None:
 
 
 def _matching(pattern: str) -> list[str]:
-    names = ssmamba_models.list_models()
+    from ssmamba_models import list_models
+
+    names = list_models()
     wild = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
     found = [name for name in names if fnmatch.fnmatchcase(name.lower(), wild.lower())]
     if not found:
@@ -48,6 +46,10 @@ def _matching(pattern: str) -> list[str]:
 
 
 def _describe(name: str) -> dict:
+    import timm
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
     # On the meta device a model has shapes but no memory, so listing takes a moment, not a minute.
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0).eval()

@@ -14,6 +14,7 @@ from ssmamba_models.cli.warn import plain_warnings
 from ssmamba_models.engine.process_memory import keep_large_blocks
 from ssmamba_models.notice import first_line
 from ssmamba_models.stopping import stopped_in_order
+from ssmamba_models.threads import spin_briefly
 
 # Name -> (module under ssmamba_models.cli, one line of help). A module is imported only when its command runs: what one
 # command lacks is no obstacle to the others.
@@ -110,5 +111,6 @@ def main(ctx: click.Context) -> None:
     Exit code: 0 done, 1 some items failed (each is listed), 2 bad usage or input, 130 or 143 stopped by Ctrl-C or
     SIGTERM.
     """
+    spin_briefly()
     if ctx.invoked_subcommand != "benchmark":  # which says itself what each measurement is to have
         keep_large_blocks()

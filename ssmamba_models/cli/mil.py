@@ -6,10 +6,9 @@ from typing import Any
 
 import click
 
-from ssmamba_models.cli.options import precision_option
+from ssmamba_models.choices import AGGREGATORS
+from ssmamba_models.cli.options import precision_option, threads_option
 from ssmamba_models.cli.runs import read_config
-from ssmamba_models.engine.mil_config import MilConfig
-from ssmamba_models.slide.aggregators import list_aggregators
 
 
 @click.group(name="mil")
@@ -32,7 +31,7 @@ def command() -> None:
 @click.option("--labels", type=click.Path(), help="CSV: slide, label, and if you have them patient and split.")
 @click.option("--out", required=True, type=click.Path(), help="Run folder to write.")
 @click.option("--config", "config_file", type=click.Path(), help="YAML of settings, such as another run's config.yaml.")
-@click.option("--aggregator", help=f"{', '.join(list_aggregators())}. Default: mambamil.")
+@click.option("--aggregator", help=f"{', '.join(AGGREGATORS)}. Default: mambamil.")
 @click.option("--folds", type=int, help="Folds, if the labels have no splits. Default: 5.")
 @click.option("--epochs", type=int, help="Most passes over the slides. Default: 50.")
 @click.option("--patience", type=int, help="Stop a fold after so many epochs without progress. Default: 10.")
@@ -46,6 +45,7 @@ def command() -> None:
 @click.option("--max-tiles", type=int, help="Tiles of a slide that a training step sees. Default: 20000.")
 @click.option("--skip-missing", is_flag=True, default=None, help="Leave out labelled slides without features.")
 @click.option("--seed", type=int, help="Seed of folds, weights, order and tiles. Default: 0.")
+@threads_option
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting; may be repeated.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out; folds that are done are kept.")
@@ -80,6 +80,7 @@ def train(
     Exit code: 0 trained to the end, 2 bad input.
     """
     from ssmamba_models.engine.mil import train_mil
+    from ssmamba_models.engine.mil_config import MilConfig
     from ssmamba_models.evaluation.mil_report import report_mil
 
     config = read_config(MilConfig, config_file, out, resume, settings, options)
@@ -109,6 +110,7 @@ def _print_report(report: dict[str, Any], out: str) -> None:
 @click.option("--out", required=True, type=click.Path(), help="CSV to write; its folder must exist.")
 @click.option("--ensemble", is_flag=True, help="Average the models of all folds. Default: the best fold's.")
 @precision_option
+@threads_option
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no closing line.")
@@ -144,6 +146,7 @@ def predict(ctx: click.Context, run: str, features: str, out: str, quiet: bool, 
 @click.option("--max-size", type=click.IntRange(1), default=2048, show_default=True, help="Longer side, px.")
 @click.option("--opacity", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Of the colours.")
 @precision_option
+@threads_option
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @click.option("--quiet", is_flag=True, help="No closing lines.")

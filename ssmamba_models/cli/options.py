@@ -10,7 +10,9 @@ from typing import Any
 import click
 
 from ssmamba_models.benchmark.report import write_json
+from ssmamba_models.choices import POOLS, PRECISIONS
 from ssmamba_models.output import check_output
+from ssmamba_models.threads import start_with_threads
 
 _STDOUT = Path("-")
 
@@ -30,20 +32,28 @@ def json_option(command: Callable) -> Callable:
 
 def pool_option(command: Callable) -> Callable:
     """--pool, as `pool`: how an encoder's last maps become a vector."""
-    # Here, as `ssmamba doctor` must start where torch does not.
-    from ssmamba_models.engine.feature_pool import POOLS
-
     text = "Features: model: its own head's; mean_std: mean and deviation of its last map; _last2, _last4: of more."
     return click.option("--pool", type=click.Choice([*POOLS]), default="model", show_default=True, help=text)(command)
 
 
 def precision_option(command: Callable) -> Callable:
     """--precision, as `precision`: what a model that is only used computes in."""
-    from ssmamba_models.engine.device import PRECISIONS
-
     text = "Of the computation; auto: bf16 on GPUs that have it."
     option = click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help=text)
     return option(command)
+
+
+def threads_option(command: Callable) -> Callable:
+    """--threads, as `threads` (see `ssmamba_models.threads.use_threads`)."""
+    text = "CPU threads.  [default: the cores that this process may use]"
+    option = click.option("--threads", type=click.IntRange(1), callback=_start_with, help=text)
+    return option(command)
+
+
+def _start_with(ctx: click.Context, param: click.Parameter, threads: int | None) -> int | None:
+    if threads is not None and not ctx.resilient_parsing:
+        start_with_threads(threads)
+    return threads
 
 
 def check_json(path: Path | None) -> None:

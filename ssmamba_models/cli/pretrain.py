@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
+from ssmamba_models.choices import METHODS
 from ssmamba_models.cli.runs import configured, exit_code, read_config, report_end, run_options
-from ssmamba_models.engine.methods import METHODS
-from ssmamba_models.engine.pretrain import PretrainConfig, pretrain
 
 
 @click.command()
@@ -57,6 +56,8 @@ def command(
 
     Exit code: 0 trained to the end, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM (with a checkpoint).
     """
+    from ssmamba_models.engine.pretrain import PretrainConfig, pretrain
+
     config = read_config(PretrainConfig, config_file, out, resume, settings, options)
     result = pretrain(config, out, resume=resume, progress=not quiet)
     closing = f"{result.step} steps{_loss(result.last)} -> {result.run}/weights.safetensors"

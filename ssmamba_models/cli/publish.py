@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
+from ssmamba_models.choices import WEIGHT_DTYPES
 from ssmamba_models.engine.config import load_config, parse_setting
-from ssmamba_models.hub import CardInfo, publish
-from ssmamba_models.hub.publish import DTYPES
 
 
 @click.command()
@@ -20,7 +19,7 @@ from ssmamba_models.hub.publish import DTYPES
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One key of it; may be repeated.")
 @click.option(
     "--dtype",
-    type=click.Choice(DTYPES),
+    type=click.Choice(WEIGHT_DTYPES),
     default="float32",
     show_default=True,
     help="Of stored weights; bfloat16: half the size, good to about 2 digits.",
@@ -48,6 +47,8 @@ def command(source: str, repo_id: str, card_info: str | None, settings: tuple[st
 
     Exit code: 0 published, 2 bad input.
     """
+    from ssmamba_models.hub import CardInfo, publish
+
     info = load_config(CardInfo, card_info, dict(parse_setting(text) for text in settings))
     done = publish(source, repo_id, info=info, **options)
     click.echo(f"{', '.join(done.files)} -> {done.place}")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ssmamba_models.cli.options import add_options
+from ssmamba_models.choices import PRECISIONS
+from ssmamba_models.cli.options import add_options, threads_option
 from ssmamba_models.engine.config import Config, load_config, parse_setting
-from ssmamba_models.engine.device import PRECISIONS
-from ssmamba_models.engine.loop import TrainResult
+
+if TYPE_CHECKING:
+    from ssmamba_models.engine.loop import TrainResult
 
 _CONFIGURED = (
     click.option("--out", required=True, type=click.Path(), help="Run folder to write."),
@@ -27,6 +29,7 @@ _RUN = (
     ),
     click.option("--seed", type=int, help="Seed of all that is drawn. Default: 0."),
     click.option("--workers", type=int, help="Processes that read the data; 0: none. Default: by the machine."),
+    threads_option,
     click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one."),
     click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting; may be repeated."),
     click.option("--resume", is_flag=True, help="Go on with the run in --out (started if there is none)."),

@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-from ssmamba_models.cli.options import precision_option
-from ssmamba_models.engine.slide_embed import embed_slides
+from ssmamba_models.cli.options import precision_option, threads_option
 
 
 class _Tiles(click.ParamType):
@@ -32,6 +31,7 @@ class _Tiles(click.ParamType):
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of what is drawn.")
 @precision_option
+@threads_option
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no closing line.")
@@ -61,6 +61,8 @@ def command(
 
     Exit code: 0 all slides embedded, 1 some files were unreadable (each is listed), 2 bad input.
     """
+    from ssmamba_models.engine.slide_embed import embed_slides
+
     chosen = {name: value for name, value in (("views", views), ("tiles", tiles)) if value is not None}
     summary = embed_slides(run, features, out, options=chosen, progress=not quiet, **options)
     if not quiet:

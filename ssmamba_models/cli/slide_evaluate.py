@@ -7,8 +7,7 @@ from pathlib import Path
 
 import click
 
-from ssmamba_models.evaluation.slide_evaluate import evaluate_slides
-from ssmamba_models.evaluation.slide_scoring import SlideSettings
+from ssmamba_models.cli.options import threads_option
 
 
 @click.command()
@@ -29,6 +28,7 @@ from ssmamba_models.evaluation.slide_scoring import SlideSettings
 @click.option("--folds", type=click.IntRange(2), default=5, show_default=True, help="Folds, if labels have no splits.")
 @click.option("--draws", type=click.IntRange(1), default=1000, show_default=True, help="Bootstrap draws.")
 @click.option("--skip-missing", is_flag=True, help="Leave out labelled slides without a vector.")
+@threads_option
 @click.option("--no-plots", is_flag=True, help="Draw no pictures.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing report.")
 @click.option("--quiet", is_flag=True, help="No closing lines.")
@@ -43,6 +43,7 @@ def command(
     folds: int,
     draws: int,
     skip_missing: bool,
+    threads: int | None,
     no_plots: bool,
     overwrite: bool,
     quiet: bool,
@@ -63,6 +64,9 @@ def command(
 
     Exit code: 0 scored, 2 bad input.
     """
+    from ssmamba_models.evaluation.slide_evaluate import evaluate_slides
+    from ssmamba_models.evaluation.slide_scoring import SlideSettings
+
     settings = SlideSettings(folds, repeats, tuple(text.strip() for text in budgets.split(",")), draws=draws)
     report = evaluate_slides(
         parse_embeddings(named),
@@ -73,6 +77,7 @@ def command(
         settings=settings,
         skip_missing=skip_missing,
         plots=not no_plots,
+        threads=threads,
         overwrite=overwrite,
     )
     for key, text in (("unlabelled", "a vector and no label"), ("missing", "a label and no vector")):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import click
 
-from ssmamba_models.cli.options import add_options
+from ssmamba_models.cli.options import add_options, threads_option
 from ssmamba_models.notice import SSMambaWarning
-from ssmamba_models.wsi.dry_run import PlannedSlide
-from ssmamba_models.wsi.job_run import JobResult
+
+if TYPE_CHECKING:
+    from ssmamba_models.wsi.dry_run import PlannedSlide
+    from ssmamba_models.wsi.job_run import JobResult
 
 _PLACES = (
     click.argument("slides", nargs=-1, required=True, type=click.Path()),
@@ -34,6 +37,7 @@ _JOB = (
     click.option(
         "--workers", type=click.IntRange(0), help="Processes that read tiles; 0: none. Default: by the machine."
     ),
+    threads_option,
     click.option(
         "--shard", metavar="i/n", help="Begin with the i-th of n shares. Default: a SLURM array's own numbers."
     ),

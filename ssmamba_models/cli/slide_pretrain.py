@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
+from ssmamba_models.choices import SLIDE_METHODS
 from ssmamba_models.cli.runs import configured, exit_code, read_config, report_end, run_options
-from ssmamba_models.engine.slide_methods import SLIDE_METHODS
-from ssmamba_models.engine.slide_pretrain import SlidePretrainConfig, pretrain_slides
 
 
 @click.command()
@@ -51,6 +50,8 @@ def command(
 
     Exit code: 0 trained to the end, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM (with a checkpoint).
     """
+    from ssmamba_models.engine.slide_pretrain import SlidePretrainConfig, pretrain_slides
+
     config = read_config(SlidePretrainConfig, config_file, out, resume, settings, options)
     result = pretrain_slides(config, out, resume=resume, progress=not quiet)
     loss = f", loss {result.last['loss']:.4f} in the last epoch" if result.last else ""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ssmamba_models.choices import TILE_SUFFIXES
 from ssmamba_models.cli.slide_jobs import (
     job_options,
     places,
@@ -15,16 +16,17 @@ from ssmamba_models.cli.slide_jobs import (
     show_slides,
     tiling_options,
 )
-from ssmamba_models.wsi.dry_run import PlannedSlide
-from ssmamba_models.wsi.slide_list import parse_shard
-from ssmamba_models.wsi.status import FAILED, PENDING
-from ssmamba_models.wsi.tile_job import SUFFIXES
-from ssmamba_models.wsi.tile_slides import TilePlan, TileResult, count_slide_tiles, tile_slides
+
+if TYPE_CHECKING:
+    from ssmamba_models.wsi.dry_run import PlannedSlide
+    from ssmamba_models.wsi.tile_slides import TileResult
 
 
 @click.command()
 @places
-@click.option("--format", type=click.Choice(tuple(SUFFIXES)), default="png", show_default=True, help="png is lossless.")
+@click.option(
+    "--format", type=click.Choice(tuple(TILE_SUFFIXES)), default="png", show_default=True, help="png is lossless."
+)
 @click.option("--quality", type=click.IntRange(1, 100), help="Of --format jpeg. Default: 95.")
 @click.option("--labels", type=click.Path(), help="CSV slide,label[,patient][,split]: more columns for the manifest.")
 @tiling_options
@@ -54,6 +56,9 @@ def command(
     Exit code: 0 no slide failed (stderr tells of those still in other processes' hands), 1 some failed (each is
     listed), 2 bad input.
     """
+    from ssmamba_models.wsi.slide_list import parse_shard
+    from ssmamba_models.wsi.tile_slides import TilePlan, count_slide_tiles, tile_slides
+
     plan = TilePlan(**options, shard=parse_shard(shard))
     if dry:
         ctx.exit(_show_plan(count_slide_tiles(slides, out, plan, progress=not quiet)))
@@ -70,6 +75,8 @@ def _report(result: TileResult) -> None:
 
 
 def _show_plan(slides: list[PlannedSlide]) -> int:
+    from ssmamba_models.wsi.status import FAILED, PENDING
+
     show_slides(slides)
     click.echo(f"{sum(slide.tiles for slide in slides if slide.status == PENDING)} tiles to do")
     return int(any(slide.status == FAILED for slide in slides))

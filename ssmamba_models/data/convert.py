@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ssmamba_models.choices import FEATURE_LAYOUTS
 from ssmamba_models.data.clam import H5_FOLDER, read_clam, tensor_file, write_clam
 from ssmamba_models.data.feature_source import FeatureSource, source_of_ours, write_ours
 from ssmamba_models.data.features import open_slide_features
 from ssmamba_models.data.hdf5 import hdf5_files, require_h5py
 from ssmamba_models.data.trident import FOLDER, read_trident, write_trident
 from ssmamba_models.output import check_output
-
-LAYOUTS = ("ssmamba", "clam", "trident")
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,8 @@ def convert_features(
 
 def _check_layouts(source: str, target: str) -> None:
     for layout in (source, target):
-        if layout not in LAYOUTS:
-            raise ValueError(f"unknown layout {layout!r}; choose {', '.join(LAYOUTS)}")
+        if layout not in FEATURE_LAYOUTS:
+            raise ValueError(f"unknown layout {layout!r}; choose {', '.join(FEATURE_LAYOUTS)}")
     if source == target:
         raise ValueError(f"both layouts are {source!r}; there is nothing to convert")
 

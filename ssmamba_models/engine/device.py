@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ssmamba_models.choices import PRECISIONS
 from ssmamba_models.notice import first_line
-
-# "auto" is bf16 where a GPU computes in it, else fp32.
-PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -23,6 +23,7 @@ from ssmamba_models.engine.processes import default_workers
 from ssmamba_models.engine.short_memory import out_of_memory
 from ssmamba_models.output import check_output
 from ssmamba_models.progress import progress_bar
+from ssmamba_models.threads import threaded
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class EmbedSummary:
     tiles_per_second: float
 
 
+@threaded
 def embed_folder(
     folder: str | os.PathLike,
     out: str | os.PathLike,
@@ -60,6 +62,7 @@ def embed_folder(
     img_size: int | None = None,
     pool: str = "model",
     seed: int = 0,
+    threads: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> EmbedSummary:
@@ -75,6 +78,7 @@ def embed_folder(
         pretrained, checkpoint, device, precision, img_size, seed, pool: as `load_encoder`.
         batch_size: tiles per forward pass.
         workers: processes that decode tiles ahead; 0 decodes in this one, None chooses by the machine.
+        threads: CPU threads; None takes the cores that this process may use (see `threads.use_threads`).
         overwrite: replace an existing `out`.
         progress: draw a progress bar on stderr.
 

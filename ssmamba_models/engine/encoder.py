@@ -28,6 +28,7 @@ from ssmamba_models.engine.weights import (
     read_weights,
     weights_sha256,
 )
+from ssmamba_models.inference import AutocastModel, OptimizeError, optimize, plan_of
 from ssmamba_models.models.published import WeightsError, check_named, offline_note
 from ssmamba_models.notice import SSMambaWarning, first_line
 from ssmamba_models.zoo import list_models
@@ -43,18 +44,20 @@ class Encoder:
 
     Attributes:
         model: maps (B, 3, H, W) float32 to (B, D), or to the map that is pooled to that.
+        runner: the same for inference, made by `inference.optimize`: what computes features.
         name: the timm name, with its tag where one was given.
         embed_dim: D.
         transform: turns a PIL RGB image into the (3, H, W) tensor that the model expects.
         data_config: what the transform was made from (input_size, mean, std, interpolation, crop_pct,
             crop_mode).
         device: where the model is.
-        bf16: whether `embed` runs under bfloat16 autocast.
+        bf16: whether `runner` computes in bfloat16.
         weights: the origin of the weights, as file attributes (pretrained_tag, checkpoint, seed).
         pool: how a map becomes a vector (see `engine.feature_pool`).
     """
 
     model: nn.Module
+    runner: nn.Module
     name: str
     embed_dim: int
     transform: Callable
@@ -75,9 +78,7 @@ class Encoder:
             (B, D) float32, on the CPU.
         """
         images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            features = pool_features(self.model, images, self.pool)
-        return features.float().cpu()
+        return pool_features(self.runner, images, self.pool).float().cpu()
 
     def provenance(self) -> dict[str, Any]:
         """What a reader of the features must know to make them again: strings, numbers and lists of them."""
@@ -91,6 +92,7 @@ class Encoder:
             **{key: self.data_config[key] for key in ("crop_pct", "crop_mode")},
             "dtype": "bfloat16" if self.bf16 else "float32",
             "device": self.device.type,
+            "plan": plan_of(self.runner),
             "ssmamba_models_version": __version__,
             "torch_version": str(torch.__version__),
             "timm_version": timm.__version__,
@@ -117,8 +119,9 @@ def load_encoder(
         checkpoint: load the weights of this file (.safetensors, .pth, .pt or .bin), or of the folder of a
             run of `ssmamba pretrain` or `ssmamba finetune`, instead.
         device: "cpu", "cuda", "cuda:1", ...; None takes a GPU where there is one.
-        precision: "fp32", "bf16" (autocast), or "auto": bf16 where a GPU computes in it. In bf16, features are good to
-            about 2 digits; a CPU without AVX512-BF16 or AMX emulates it and takes several times as long.
+        precision: "fp32", "bf16", or "auto": bf16 where a GPU computes in it. In bf16, features are good to about 2
+            digits. It is faster on a CPU with AVX512-BF16 or AMX; on others an ssmamba model takes as long as in fp32,
+            any other model several times as long.
         img_size: side of the square input in pixels; None takes the size that the checkpoint's run was
             trained at, where the file says one, else the model's own.
         seed: makes random weights the same in each run; unused where weights are loaded.
@@ -160,17 +163,29 @@ def load_encoder(
     # Convolutions run up to a quarter faster on channels-last memory, and nothing measured runs slower.
     network = network.eval().requires_grad_(False).to(place, memory_format=torch.channels_last)
     data_config, transform = _input_transform(network, model, img_size)
+    bf16 = use_bf16(precision, place)
+    runner = _runner(network, model, bf16)
     return Encoder(
         model=network,
+        runner=runner,
         name=model,
-        embed_dim=measure_embed_dim(network, model, data_config["input_size"], place, pool),
+        embed_dim=measure_embed_dim(runner, model, data_config["input_size"], place, pool),
         transform=transform,
         data_config=data_config,
         device=place,
-        bf16=use_bf16(precision, place),
+        bf16=bf16,
         weights=_describe_weights(network, pretrained, source, seed),
         pool=pool,
     )
+
+
+def _runner(network: nn.Module, name: str, bf16: bool) -> nn.Module:
+    precision = "bfloat16" if bf16 else "float32"
+    try:
+        return optimize(network, precision)
+    except OptimizeError as error:
+        warnings.warn(f"{name} runs layer by layer: it cannot be optimised ({error})", SSMambaWarning, stacklevel=3)
+        return AutocastModel(network) if bf16 else network
 
 
 def check_model_name(model: str) -> None:

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# How many of the last maps a pool takes. "model": what the model's own head gives. The others: see `pool_features`.
-POOLS = {"model": 1, "mean_std": 1, "mean_std_last2": 2, "mean_std_last4": 4}
+from ssmamba_models.choices import POOLS
 
 
 class PoolError(ValueError):

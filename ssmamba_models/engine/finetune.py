@@ -33,6 +33,7 @@ from ssmamba_models.engine.processes import create_accelerator
 from ssmamba_models.engine.run_folder import open_run, without_lost_init
 from ssmamba_models.engine.run_log import RunLog
 from ssmamba_models.engine.validation import Predictions, Validation
+from ssmamba_models.threads import threaded
 
 # Of weights that are loaded, after MAE's fine-tuning (arXiv:2111.06377, appendix A.1).
 LAYER_DECAY = 0.65
@@ -54,6 +55,7 @@ class FinetuneResult:
     best: dict[str, Any]
 
 
+@threaded
 def finetune(
     config: FinetuneConfig, out: str | os.PathLike, *, resume: bool = False, progress: bool = True
 ) -> FinetuneResult:

@@ -29,6 +29,7 @@ from ssmamba_models.engine.run_folder import open_run
 from ssmamba_models.output import whole_file
 from ssmamba_models.progress import progress_bar
 from ssmamba_models.slide.aggregators import create_aggregator
+from ssmamba_models.threads import threaded
 
 PREDICTIONS, SLIDES, FOLD = "predictions.csv", "slides.json", "fold.json"
 
@@ -56,6 +57,7 @@ class MilResult:
     missing: tuple[str, ...]
 
 
+@threaded
 def train_mil(config: MilConfig, out: str | os.PathLike, *, resume: bool = False, progress: bool = True) -> MilResult:
     """Train an aggregator on the features of slides.
 

@@ -37,6 +37,7 @@ class MilConfig:
         cache_gb: memory for feature files, so that they are read once; 0 reads them in each epoch.
         precision: "fp32", "bf16" (autocast), or "auto": bf16 where a GPU computes in it.
         seed: of folds, weights, order and tiles.
+        threads: CPU threads; None takes the cores that this process may use (see `threads.use_threads`).
         device: "cpu", "cuda", ...; None takes a GPU where there is one.
     """
 
@@ -62,6 +63,7 @@ class MilConfig:
     cache_gb: float = 2.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
+    threads: int | None = None
     device: str | None = None
 
     RANGES: ClassVar[dict[str, tuple[float, float]]] = {
@@ -78,10 +80,11 @@ class MilConfig:
         "max_tiles": (1, INFINITE),
         "cache_gb": (0, INFINITE),
         "seed": (0, 2**63 - 1),
+        "threads": (1, INFINITE),
     }
     # What a resumed run may change: nothing that its numbers depend on. Features and labels may move; what they hold is
     # compared.
-    HARMLESS: ClassVar[frozenset[str]] = frozenset({"features", "labels", "cache_gb", "device"})
+    HARMLESS: ClassVar[frozenset[str]] = frozenset({"features", "labels", "cache_gb", "threads", "device"})
 
     def __post_init__(self) -> None:
         check_types(self)

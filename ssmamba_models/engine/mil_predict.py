@@ -19,6 +19,7 @@ from ssmamba_models.engine.mil_model import WEIGHTS, MilModel, load_mil_model
 from ssmamba_models.engine.mil_predictions import SlidePrediction, write_predictions
 from ssmamba_models.output import check_output
 from ssmamba_models.progress import progress_bar
+from ssmamba_models.threads import threaded
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class TileScores:
     attention: np.ndarray
 
 
+@threaded
 def predict_mil(
     run: str | os.PathLike,
     features: str | os.PathLike,
@@ -63,6 +65,7 @@ def predict_mil(
     ensemble: bool = False,
     precision: str = "fp32",
     device: str | None = None,
+    threads: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> PredictSummary:
@@ -76,6 +79,7 @@ def predict_mil(
         out: the CSV to write; its folder must exist.
         ensemble: the mean probabilities of all folds' models, instead of the best fold's.
         precision, device: as `MilConfig`; the precision here is not that of the training.
+        threads: CPU threads; None takes the cores that this process may use (see `threads.use_threads`).
         overwrite: whether an existing file may be replaced.
         progress: draw a progress bar.
 

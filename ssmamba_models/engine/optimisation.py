@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from ssmamba_models.layers.dms import DirectionalSSM
+from ssmamba_models.models import DirectionalSSM
 
 # Smaller sides leave orthogonalisation little to do: depthwise kernels (9), tables of a recurrence (4 directions).
 _LEAST_SIDE = 16

@@ -32,6 +32,7 @@ from ssmamba_models.engine.rng import seeded
 from ssmamba_models.engine.run_folder import open_run, without_lost_init
 from ssmamba_models.engine.run_log import RunLog
 from ssmamba_models.engine.train_config import INFINITE, TrainConfig
+from ssmamba_models.threads import threaded
 
 # Settings of which None stands for the method's own.
 _METHODS_OWN = ("optimizer", "base_lr", "weight_decay", "batch_size", "warmup_epochs")
@@ -47,7 +48,7 @@ class PretrainConfig(TrainConfig):
         optimizer, base_lr, weight_decay, batch_size, warmup_epochs: None takes the method's own (`Method.defaults`), or
             where it has none that of `TrainConfig`. With another optimizer than the method's own, all but the batch
             size are `TrainConfig`'s.
-        method: a name of `ssmamba_models.engine.methods.METHODS`.
+        method: a name of `ssmamba_models.choices.METHODS`.
         method_args: arguments of the method's module, such as cell_size; those not given are filled in.
         view_args: arguments of its views, such as mask_ratio; likewise.
         reconstruct_every: epochs between two pictures of reconstructions; None draws none.
@@ -80,6 +81,7 @@ class PretrainConfig(TrainConfig):
         object.__setattr__(self, "view_args", complete_view_args(method, self.view_args))
 
 
+@threaded
 def pretrain(
     config: PretrainConfig, out: str | os.PathLike, *, resume: bool = False, progress: bool = True
 ) -> TrainResult:

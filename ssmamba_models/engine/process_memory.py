@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 
 # glibc's mallopt parameters (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -30,11 +31,22 @@ def keep_large_blocks() -> bool:
         GLIBC_TUNABLES).
     """
     global _done
-    if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):  # musl, macOS and Windows have none
+    mallopt = _find_mallopt()
+    if mallopt is None:
         return False
     _done = bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(M_TRIM_THRESHOLD, LARGEST_INT))
     return _done
+
+
+def can_keep_large_blocks() -> bool:
+    """Whether `keep_large_blocks` finds a malloc that it may tune; changes nothing."""
+    return _find_mallopt() is not None
+
+
+def _find_mallopt() -> Callable[[int, int], int] | None:
+    if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
+        return None
+    try:
+        return ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # musl, macOS and Windows have none
+        return None

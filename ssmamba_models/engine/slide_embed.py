@@ -23,6 +23,7 @@ from ssmamba_models.progress import progress_bar
 from ssmamba_models.slide.slide_encoder import SlideEncoder
 from ssmamba_models.slide.slide_encoders import create_slide_encoder
 from ssmamba_models.slide.slide_weights import load_slide_encoder, read_slide_config
+from ssmamba_models.threads import threaded
 
 # The baselines that every file of slide vectors holds.
 MEAN_POOL, RANDOM = "mean_pool", "random_encoder"
@@ -45,6 +46,7 @@ class SlideEmbedSummary:
     unreadable: tuple[tuple[str, str], ...]
 
 
+@threaded
 def embed_slides(
     run: str | os.PathLike,
     features: str | os.PathLike,
@@ -54,6 +56,7 @@ def embed_slides(
     seed: int = 0,
     precision: str = "fp32",
     device: str | None = None,
+    threads: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> SlideEmbedSummary:
@@ -71,6 +74,7 @@ def embed_slides(
         seed: of what is drawn, and of the random weights.
         precision: "fp32", "bf16" (autocast), or "auto": bf16 where a GPU computes in it.
         device: "cpu", "cuda", ...; None takes a GPU where there is one.
+        threads: CPU threads; None takes the cores that this process may use (see `threads.use_threads`).
         overwrite: replace an existing `out`.
         progress: draw a progress bar on stderr.
 

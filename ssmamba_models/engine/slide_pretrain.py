@@ -28,6 +28,7 @@ from ssmamba_models.models.published import CONFIG
 from ssmamba_models.slide.slide_encoder import SlideEncoder
 from ssmamba_models.slide.slide_encoders import create_slide_encoder
 from ssmamba_models.slide.slide_weights import save_slide_encoder
+from ssmamba_models.threads import threaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class SlidePretrainConfig(LoopConfig):
 
     Attributes:
         features: folder of feature files, one per slide.
-        method: a name of `ssmamba_models.engine.slide_methods.SLIDE_METHODS`.
+        method: a name of `ssmamba_models.choices.SLIDE_METHODS`.
         model: one of `list_slide_encoders()`; None takes the method's own.
         model_args: further arguments of `create_slide_encoder`.
         method_args: arguments of the method's module, such as temperature; those not given are filled in.
@@ -83,6 +84,7 @@ class SlidePretrainConfig(LoopConfig):
         object.__setattr__(self, "view_args", complete_view_args(method, self.view_args))
 
 
+@threaded
 def pretrain_slides(
     config: SlidePretrainConfig, out: str | os.PathLike, *, resume: bool = False, progress: bool = True
 ) -> TrainResult:

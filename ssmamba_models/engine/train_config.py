@@ -33,6 +33,7 @@ class LoopConfig:
         precision: "fp32", "bf16" (autocast), or "auto": bf16 where a GPU computes in it.
         seed: of weights, order and views.
         workers: processes that read tiles, per training process; None chooses by the machine.
+        threads: CPU threads of each process; None takes the cores that it may use (see `threads.use_threads`).
         device: "cpu", "cuda", ...; None takes a GPU where there is one.
         log_every: steps between two lines of log.jsonl.
         checkpoint_minutes, checkpoint_steps, checkpoint_epochs: a checkpoint at least this often; None: not by that
@@ -55,6 +56,7 @@ class LoopConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
     workers: int | None = None
+    threads: int | None = None
     device: str | None = None
     log_every: int = 10
     checkpoint_minutes: float | None = 10.0
@@ -75,6 +77,7 @@ class LoopConfig:
         "ema_decay": (0, 0.999999),
         "seed": (0, 2**63 - 1),
         "workers": (0, 1024),
+        "threads": (1, INFINITE),
         "log_every": (1, INFINITE),
         "checkpoint_minutes": (0, INFINITE),
         "checkpoint_steps": (1, INFINITE),
@@ -83,8 +86,8 @@ class LoopConfig:
     }
     # What a resumed run may change: nothing that its numbers depend on.
     HARMLESS: ClassVar[frozenset[str]] = frozenset(
-        {"workers", "device", "log_every", "checkpoint_minutes", "checkpoint_steps", "checkpoint_epochs"}
-        | {"keep_checkpoints"}
+        {"workers", "threads", "device", "log_every"}
+        | {"checkpoint_minutes", "checkpoint_steps", "checkpoint_epochs", "keep_checkpoints"}
     )
 
     def __post_init__(self) -> None:

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from timm.models import clean_state_dict
 from torch import nn
 
-from ssmamba_models.models.ssmamba import WRAPPERS, SSMamba, checkpoint_filter_fn
+from ssmamba_models.models.checkpoints import WRAPPERS, checkpoint_filter_fn
+from ssmamba_models.models.ssmamba import SSMamba
 from ssmamba_models.notice import first_line
 
 RUN_WEIGHTS = "weights.safetensors"  # a run's plain weights, in its folder

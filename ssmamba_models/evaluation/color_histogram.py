@@ -73,6 +73,7 @@ def color_histogram_encoder(img_size: int | None = None) -> Encoder:
     network = ColorHistogram().eval()
     return Encoder(
         model=network,
+        runner=network,
         name=COLOR_HISTOGRAM,
         embed_dim=6 * network.bins,
         transform=create_transform(**config, is_training=False),

@@ -23,12 +23,15 @@ class Embedding:
     Attributes:
         img_size, device, precision, pool: as `load_encoder`.
         batch_size, workers: as `embed_folder`.
+        threads: CPU threads of the whole evaluation; None takes the cores that this process may use (see
+            `threads.use_threads`).
         progress: draw progress bars on stderr.
     """
 
     img_size: int | None = None
     batch_size: int = 32
     workers: int | None = None
+    threads: int | None = None
     device: str | torch.device | None = None
     precision: str = "fp32"
     pool: str = "model"

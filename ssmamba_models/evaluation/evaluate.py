@@ -20,8 +20,10 @@ from ssmamba_models.evaluation.report_folder import FEATURES, MARKDOWN, PLOTS, R
 from ssmamba_models.evaluation.scoring import TaskData, score_encoder
 from ssmamba_models.evaluation.settings import Settings
 from ssmamba_models.evaluation.tasks import Task, choose_tasks
+from ssmamba_models.threads import threaded
 
 
+@threaded
 def evaluate(
     data: str | os.PathLike,
     models: Sequence[ModelChoice],

@@ -14,6 +14,7 @@ from ssmamba_models.data.features import read_slide_features
 from ssmamba_models.data.tile_geometry import TileGeometry
 from ssmamba_models.engine.mil_predict import TileScores, score_tiles
 from ssmamba_models.output import check_output
+from ssmamba_models.threads import threaded
 from ssmamba_models.wsi.contours import polygon_feature, write_geojson
 from ssmamba_models.wsi.drawing import write_thumbnail
 from ssmamba_models.wsi.reader import open_slide
@@ -37,6 +38,7 @@ class Heatmap:
     scores: TileScores
 
 
+@threaded
 def draw_heatmap(
     run: str | os.PathLike,
     features: str | os.PathLike,
@@ -47,6 +49,7 @@ def draw_heatmap(
     opacity: float = 0.5,
     precision: str = "fp32",
     device: str | None = None,
+    threads: int | None = None,
     overwrite: bool = False,
 ) -> Heatmap:
     """Draw how much each tile of a slide counts for its prediction.
@@ -63,6 +66,7 @@ def draw_heatmap(
         max_size: longer side of the picture in pixels.
         opacity: of the colours over the slide, 0 to 1.
         precision, device: as `predict_mil`.
+        threads: CPU threads; None takes the cores that this process may use (see `threads.use_threads`).
         overwrite: whether existing files may be replaced.
 
     Returns:

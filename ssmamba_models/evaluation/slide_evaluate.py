@@ -19,8 +19,10 @@ from ssmamba_models.evaluation.slide_data import LabelledSlides, label_slides
 from ssmamba_models.evaluation.slide_markdown import slide_markdown
 from ssmamba_models.evaluation.slide_report import make_slide_report
 from ssmamba_models.evaluation.slide_scoring import SlideSettings, SlideTask, score_vectors
+from ssmamba_models.threads import threaded
 
 
+@threaded
 def evaluate_slides(
     embeddings: Mapping[str, str | os.PathLike],
     labels: str | os.PathLike,
@@ -31,6 +33,7 @@ def evaluate_slides(
     settings: SlideSettings | None = None,
     skip_missing: bool = False,
     plots: bool = True,
+    threads: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Score slide vectors and write a report.
@@ -48,6 +51,7 @@ def evaluate_slides(
         settings: folds, repetitions, numbers of training slides.
         skip_missing: leave out labelled slides without a vector, instead of refusing.
         plots: draw learning curves and the vectors in two dimensions.
+        threads: CPU threads; None takes the cores that this process may use (see `threads.use_threads`).
         overwrite: replace an existing report.
 
     Returns:

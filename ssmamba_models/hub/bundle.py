@@ -124,10 +124,13 @@ def write_bundle(folder: Path, trained: Trained, repo_id: str, info: CardInfo, d
     return sha256
 
 
+_SOURCE_KEYS = ("tag", "url", "file", "hf_hub_id", "hf_hub_filename", "source")
+
+
 def _tell_cfg(network: nn.Module, trained: Trained, info: CardInfo) -> None:
     # The architecture's own configuration speaks of other weights.
     cfg = network.pretrained_cfg
-    for key in ("tag", "url", "file", "hf_hub_id", "hf_hub_filename", "source", "test_input_size", "label_names"):
+    for key in (*_SOURCE_KEYS, "description", "origin_url", "test_input_size", "label_names"):
         cfg.pop(key, None)
     channels = trained.model_args.get("in_chans", cfg["input_size"][0])
     cfg.update(
@@ -138,11 +141,16 @@ def _tell_cfg(network: nn.Module, trained: Trained, info: CardInfo) -> None:
     )
 
 
+def _feature_width(network: nn.Module) -> int:
+    """Of the pooled features; that of the map may be another (global_pool="catavgmax")."""
+    return getattr(network, "head_hidden_size", None) or network.num_features
+
+
 def _domain(trained: Trained, info: CardInfo, sha256: str) -> dict[str, Any]:
     return {
         "target_mpp": info.target_mpp,
         "tile_size": trained.img_size,
-        "embed_dim": trained.network.num_features,
+        "embed_dim": _feature_width(trained.network),
         "training_data": info.training_data,
         "sha256": sha256,
         "ssmamba_models_version": __version__,
@@ -161,7 +169,7 @@ def _facts(trained: Trained, repo_id: str, dtype: str, sha256: str) -> CardFacts
         model=trained.model,
         ours=isinstance(network, SSMamba),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        embed_dim=network.num_features,
+        embed_dim=_feature_width(network),
         img_size=trained.img_size,
         num_classes=network.num_classes,
         classes=trained.classes,

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssmamba_models.choices import WEIGHT_DTYPES
 from ssmamba_models.hub.bundle import FILES, load_trained, write_bundle
 from ssmamba_models.hub.card_page import CardInfo
 from ssmamba_models.hub.slide_bundle import holds_slide_encoder, write_slide_bundle
 from ssmamba_models.hub.upload import check_repo_id, upload
-
-DTYPES = ("float32", "bfloat16")
 
 # (folder, repo_id, info, dtype) -> the SHA-256 of the weights, and the Python that loads them, with {name}.
 Writer = Callable[[Path, str, CardInfo, str], tuple[str, str]]
@@ -75,8 +74,8 @@ def publish(
         OSError: the folder cannot be written, or the Hub cannot be reached or does not allow it.
     """
     check_repo_id(repo_id)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(WEIGHT_DTYPES)}")
     folder = None if dry_run is None else _check_folder(dry_run)
     slide = holds_slide_encoder(source)
     if slide and model is not None:

@@ -1,5 +1,5 @@
 """Fast inference: a built model as a plan of fused operators."""
 
-from ssmamba_models.inference.optimize import OptimizeError, optimize
+from ssmamba_models.inference.optimize import AutocastModel, OptimizeError, optimize, plan_of
 
-__all__ = ["OptimizeError", "optimize"]
+__all__ = ["AutocastModel", "OptimizeError", "optimize", "plan_of"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,26 +19,27 @@ PRECISIONS = ("float32", "bfloat16")
 def optimize(model: nn.Module, precision: str = "float32", memory: int | None = None) -> nn.Module:
     """Make an inference module of a built model: the same outputs by the same methods, faster.
 
-    An SSMamba on a CPU becomes a plan of fused operators (see :class:`~ssmamba_models.inference.planned.PlannedSSMamba`),
+    An SSMamba on a CPU becomes a plan of fused operators (:class:`~ssmamba_models.inference.planned.PlannedSSMamba`),
     with its weights packed once: later changes of the model's weights do not reach it. For any other model the best
     public way is returned: itself in float32, or itself under bfloat16 autocast. (torch.compile is not used: on CPUs it
     compiles for a minute or more, anew for every image size. Wrap the model yourself where that pays.)
 
-    The result returns float32 whatever the precision. It has `precision` and `plan`, which name what it computes in and by.
+    Except for the model itself, the result returns float32 whatever the precision, and has `precision` and `plan`,
+    which name what it computes in and by.
 
     Args:
         model: in eval mode. It stays as it is.
         precision: "float32", or "bfloat16" for products and maps in bfloat16 with sums, norms, scans and the residual
             stream in float32.
-        memory: of an SSMamba on a CPU, bytes of working memory above which threads share the work on each image, and no
-            longer take images of their own; None: 1 GiB.
+        memory: for an SSMamba on a CPU, bytes of working memory above which threads share the work on each image
+            rather than take images of their own; None: 1 GiB.
 
     Returns:
         A module with forward, forward_features, forward_head and forward_intermediates, without trainable parameters.
 
     Raises:
         ValueError: an unknown precision, or memory below 1.
-        OptimizeError: a ValueError; the model is in training mode, or it is an SSMamba that the plan cannot represent: one
+        OptimizeError: a ValueError; the model is in training mode, or an SSMamba that the plan cannot represent: one
             with replaced layers, adapters (LoRA), hooks or parametrisations.
 
     Example:
@@ -55,18 +58,22 @@ def optimize(model: nn.Module, precision: str = "float32", memory: int | None = 
         raise OptimizeError("the model is in training mode, expected inference; call model.eval() first")
     if isinstance(model, SSMamba) and PlannedSSMamba.runs_on(_device(model)):
         return PlannedSSMamba(model, precision, memory)
-    return AutocastModel(model) if precision == "bfloat16" else EagerModel(model)
+    return AutocastModel(model) if precision == "bfloat16" else model
+
+
+def plan_of(model: nn.Module) -> str:
+    """What a model of `optimize` computes by, for provenance: "eager", "autocast", or "fused, avx2" and the like."""
+    return str(getattr(model, "plan", "eager"))
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-class EagerModel(nn.Module):
-    """A model that runs as it is, with the interface of an optimised one."""
+class AutocastModel(nn.Module):
+    """A model under bfloat16 autocast, by the methods it has; results are float32."""
 
-    plan = "eager"
-    precision = "float32"
+    plan, precision = "autocast", "bfloat16"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -74,37 +81,23 @@ class EagerModel(nn.Module):
         self.eval()
 
     def __getattr__(self, name: str) -> Any:
-        # Configuration, widths, classifier: whatever the model tells of itself.
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("model"), name)
+            # Configuration, widths, classifier, forward_features, ...: whatever the model has.
+            value = getattr(super().__getattr__("model"), name)
+        return self._in_bfloat16(value) if name.startswith("forward_") else value
 
-    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.model, method)(*args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._in_bfloat16(self.model)(*args, **kwargs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._call("__call__", x)
+    def _in_bfloat16(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(_device(self.model).type, torch.bfloat16):
+                return _as_float32(call(*args, **kwargs))
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self._call("forward_features", x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self._call("forward_head", x, pre_logits=pre_logits)
-
-    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self._call("forward_intermediates", x, *args, **kwargs)
-
-
-class AutocastModel(EagerModel):
-    """A model under bfloat16 autocast; results are float32."""
-
-    plan = "eager, autocast"
-    precision = "bfloat16"
-
-    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(_device(self.model).type, torch.bfloat16):
-            return _as_float32(super()._call(method, *args, **kwargs))
+        return run
 
 
 def _as_float32(result: Any) -> Any:

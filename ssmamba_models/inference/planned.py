@@ -13,22 +13,25 @@ from ssmamba_models.inference.represent import build_network, check_representabl
 from ssmamba_models.models import SSMamba
 from ssmamba_models.ops import dispatch
 from ssmamba_models.ops.cpu import plan
+from ssmamba_models.ops.derivatives import has_tangents
 
 DEFAULT_MEMORY = 2**30
-_TOLD = ("num_classes", "num_features", "head_hidden_size", "in_chans", "drop_rate", "feature_info", "output_fmt")
-_TOLD += ("pretrained_cfg", "default_cfg")
+_TOLD = ["num_classes", "num_features", "head_hidden_size", "in_chans", "drop_rate", "feature_info", "output_fmt"]
+_TOLD += ["pretrained_cfg", "default_cfg"]
 
 
 class PlannedSSMamba(nn.Module):
-    """The encoder computed by C operators that pass on little: every map is read and written a few times, in the caches.
+    """The encoder as fused C operators, which read and write each map a few times only, and in the caches.
 
-    A block is five operators: LPR; LayerNorm and W_in; the depthwise convolution and SiLU; of each scale pooling, the
-    scan's projections and the scan; then, for some dozens of tokens at a time, everything up to the block's end:
-    upsampling, LayerNorm, W_out, the residual, LayerNorm and the MLP. LayerNorms' weights are folded into the linear layer
-    after them. Threads take images of their own where there are enough, else they share each operator.
+    A block is five kinds of operators: LPR; LayerNorm and W_in; the depthwise convolution and SiLU; for each scale
+    pooling, the scan's projections and the scan; then, for some dozens of tokens at a time, everything up to the
+    block's end: upsampling, LayerNorm, W_out, the residual, LayerNorm and the MLP. LayerNorms' weights are folded into
+    the linear layers after them. Threads take images of their own where there are enough, otherwise they share
+    each operator.
 
-    Of bfloat16 are the packed weights, what enters a product, and the maps between operators; of float32 sums, norms,
-    activations, the scan's states and the residual stream. A CPU without bfloat16 products multiplies in float32.
+    With bfloat16, the packed weights, the inputs of products and the maps between operators are bfloat16; sums, norms,
+    activations, the scan's states and the residual stream are float32. A CPU without bfloat16 products multiplies in
+    float32.
 
     Args:
         model: an SSMamba in eval mode; weights are copied.
@@ -124,14 +127,18 @@ class PlannedSSMamba(nn.Module):
 
     def _maps(self, x: Tensor, wanted: list[int]) -> list[Tensor]:
         if x.ndim != 4 or x.shape[1] != self.in_chans or 0 in x.shape[1:]:
-            raise ValueError(f"images have shape {tuple(x.shape)}, expected (B, {self.in_chans}, H, W), H and W at least 1")
+            raise ValueError(
+                f"images have shape {tuple(x.shape)}, expected (B, {self.in_chans}, H, W), H and W at least 1"
+            )
         if x.device.type != "cpu" or not x.is_floating_point():
             raise ValueError(f"images are {x.dtype} on {x.device}, expected floating point numbers on the CPU")
-        if torch.is_grad_enabled() and x.requires_grad:
+        if (torch.is_grad_enabled() and x.requires_grad) or has_tangents(x):
             raise RuntimeError(
-                "an optimised model has no gradients; use torch.no_grad() or torch.inference_mode(), or the model itself"
+                "an optimised model has no gradients; use torch.no_grad() or inference_mode(), or the model itself"
             )
-        return plan.run_network(self._network, self.instructions, self._map_dtype, x.detach().float(), wanted, self.memory)
+        return plan.run_network(
+            self._network, self.instructions, self._map_dtype, x.detach().float(), wanted, self.memory
+        )
 
 
 def _choose(name: str | None, bf16: bool) -> plan.InstructionSet:

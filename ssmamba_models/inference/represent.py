@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm, Mlp
@@ -16,15 +17,15 @@ class OptimizeError(ValueError):
     """A model that a plan cannot represent."""
 
 
-_PLAIN = (nn.ModuleList, nn.Sequential, nn.Identity, nn.Linear, nn.Conv2d, nn.GELU, nn.SiLU, nn.Dropout, LayerNorm)
-_PLAIN += (Mlp, DropPath)
+_PLAIN = {nn.ModuleList, nn.Sequential, nn.Identity, nn.Linear, nn.Conv2d, nn.GELU, nn.SiLU, nn.Dropout}
+_PLAIN |= {LayerNorm, Mlp, DropPath}
 
 
-def check_representable(model: nn.Module) -> None:
+def check_representable(model: Any) -> None:
     """Raises OptimizeError if anything in the encoder is not what SSMamba's own constructor builds."""
     if type(model) is not architecture.SSMamba:
         raise OptimizeError(
-            f"the model is {type(model).__name__}, a class derived from SSMamba; its plan would leave out what that adds"
+            f"the model is {type(model).__name__}, derived from SSMamba; a plan would leave out what that adds"
         )
     for name, module in _encoder_modules(model):
         _check_module(name, module)
@@ -35,16 +36,16 @@ def check_representable(model: nn.Module) -> None:
             raise OptimizeError(f"{name} is {type(parameter).__name__} {parameter.dtype}, expected plain numbers")
 
 
-def _encoder_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _encoder_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """All modules but the head, which runs as it is."""
     for name, module in model.named_modules():
         if not name.startswith("head"):
             yield name, module
 
 
-def _check_module(name: str, module: nn.Module) -> None:
+def _check_module(name: str, module: Any) -> None:
     what = name or "the model"
-    if not (type(module) in _PLAIN or type(module).__module__.startswith("ssmamba_models.")):
+    if not (type(module) in _PLAIN or type(module).__module__ == architecture.__name__):
         raise OptimizeError(f"{what} is {type(module).__module__}.{type(module).__name__}: it was replaced; {_CURE}")
     if "forward" in vars(module):
         raise OptimizeError(f"{what} has a forward of its own; {_CURE}")
@@ -57,12 +58,12 @@ def _check_module(name: str, module: nn.Module) -> None:
 _CURE = "merge or undo it first, or run the model as it is"
 
 
-def _expect(name: str, module: nn.Module, kind: type) -> None:
+def _expect(name: str, module: Any, kind: type) -> None:
     if type(module) is not kind:
         raise OptimizeError(f"{name} is {type(module).__name__}, expected {kind.__name__}; {_CURE}")
 
 
-def build_network(model: architecture.SSMamba, packer: plan.Packer) -> plan.Network:
+def build_network(model: Any, packer: plan.Packer) -> plan.Network:
     """Pack a checked model.
 
     Args:
@@ -87,7 +88,7 @@ def build_network(model: architecture.SSMamba, packer: plan.Packer) -> plan.Netw
     )  # fmt: skip
 
 
-def _stage(name: str, stage: nn.Module, stem: nn.Module, packer: plan.Packer) -> plan.Stage:
+def _stage(name: str, stage: Any, stem: Any, packer: plan.Packer) -> plan.Stage:
     if isinstance(stage.downsample, nn.Identity):
         conv, norm, where = stem.conv2, stem.norm2, "stem.conv2"
     else:
@@ -101,10 +102,11 @@ def _stage(name: str, stage: nn.Module, stem: nn.Module, packer: plan.Packer) ->
     )  # fmt: skip
 
 
-def _block(name: str, block: nn.Module, packer: plan.Packer) -> plan.Block:
+def _block(name: str, block: Any, packer: plan.Packer) -> plan.Block:
     _expect(name, block, architecture.Block)
     dms, mlp = block.dms, block.mlp
-    _expect(f"{name}.mlp", mlp, Mlp)
+    for part, module, kind in (("lpr", block.lpr, architecture.LPR), ("dms", dms, architecture.DMS), ("mlp", mlp, Mlp)):
+        _expect(f"{name}.{part}", module, kind)
     _expect(f"{name}.mlp.act", mlp.act, nn.GELU)
     _expect(f"{name}.mlp.norm", mlp.norm, nn.Identity)
     _expect(f"{name}.dms.act", dms.act, nn.SiLU)
@@ -136,12 +138,12 @@ def _block(name: str, block: nn.Module, packer: plan.Packer) -> plan.Block:
     )  # fmt: skip
 
 
-def _after(norm: LayerNorm, linear: nn.Linear, packer: plan.Packer) -> plan.Linear:
+def _after(norm: Any, linear: Any, packer: plan.Packer) -> plan.Linear:
     """A linear layer with the affine part of the norm before it."""
     return packer.linear(linear.weight, linear.bias, norm.weight, norm.bias)
 
 
-def _norm(name: str, norm: nn.Module, packer: plan.Packer) -> plan.Norm:
+def _norm(name: str, norm: Any, packer: plan.Packer) -> plan.Norm:
     _expect(name, norm, LayerNorm)
     width = norm.normalized_shape[0]
     weight = torch.ones(width) if norm.weight is None else norm.weight
@@ -149,20 +151,20 @@ def _norm(name: str, norm: nn.Module, packer: plan.Packer) -> plan.Norm:
     return packer.norm(weight, bias, norm.eps)
 
 
-def _check_gelu(name: str, act: nn.GELU) -> None:
+def _check_gelu(name: str, act: Any) -> None:
     if act.approximate != "none":
         raise OptimizeError(f"{name} approximates GELU by {act.approximate}, expected the exact one; {_CURE}")
 
 
-def _check_convolution(name: str, conv: nn.Module) -> None:
+def _check_convolution(name: str, conv: Any) -> None:
     _check_geometry(name, conv, stride=(2, 2), groups=1)
 
 
-def _check_depthwise(name: str, conv: nn.Module) -> None:
+def _check_depthwise(name: str, conv: Any) -> None:
     _check_geometry(name, conv, stride=(1, 1), groups=conv.in_channels)
 
 
-def _check_geometry(name: str, conv: nn.Module, stride: tuple[int, int], groups: int) -> None:
+def _check_geometry(name: str, conv: Any, stride: tuple[int, int], groups: int) -> None:
     _expect(name, conv, nn.Conv2d)
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     expected = ((3, 3), stride, (1, 1), (1, 1), groups, "zeros")

@@ -2,7 +2,8 @@
 
 Three operators, each with one public function that picks a backend: :func:`directional_scan` for images,
 :func:`selective_scan` and :func:`causal_conv1d` for sequences. :func:`backends` tells what is available and used;
-the environment variable SSMAMBA_BACKEND forces one. Gradients are of first order: there is no gradient of a gradient.
+the environment variable SSMAMBA_BACKEND forces one. Forward-mode derivatives, torch.func's transforms and gradients of
+a gradient are computed by formulas in torch's operators, whatever the backend.
 """
 
 from ssmamba_models.ops.conv1d import causal_conv1d

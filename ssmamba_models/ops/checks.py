@@ -18,13 +18,16 @@ _AUTOCAST = frozenset(
 
 
 def expect_tensors(op: str, **arguments: Any) -> None:
-    """Raises TypeError if an argument is no floating tensor (nor None, if optional), ValueError if devices differ."""
+    """Raises TypeError for what is no dense floating tensor (nor None, if optional), ValueError if devices differ."""
     first_name, first = next(iter(arguments.items()))
     for name, x in arguments.items():
         if x is None and name in OPTIONAL:
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, not {type(x).__name__}")
+        if x.is_nested or x.layout != torch.strided:
+            kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+            raise TypeError(f"{op}: {name} is a {kind} tensor; make it a dense one, as by .to_dense()")
         if x.is_complex():
             raise TypeError(f"{op}: {name} is complex; only real tensors are supported")
         if x.dtype not in DTYPES:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ssmamba_models.ops import checks
+from ssmamba_models.ops import checks, vectorized
+from ssmamba_models.ops.derivatives import register_formula
 from ssmamba_models.ops.dispatch import select
 from ssmamba_models.ops.gradients import like_inputs, zeros_like_inputs
 
@@ -101,6 +102,21 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _formula(*inputs: Any) -> Tensor:
+    _check(*inputs[:-1])
+    return vectorized.causal_conv1d(*inputs)
+
+
+def _backward_formula(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    _check(*inputs[:-1])
+    checks.expect_gradient(OP, grad, inputs[0])
+    return like_inputs(inputs[:-1], vectorized.causal_conv1d_backward(grad, *inputs))
+
+
+register_formula(_forward, _formula)
+register_formula(_backward, _backward_formula)
 
 
 @register_flop_formula(torch.ops.ssmamba.causal_conv1d)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ssmamba_models.ops import vectorized
+from ssmamba_models.ops.alignment import aligned, all_aligned
 from ssmamba_models.ops.reference import DIRECTIONS, to_map, to_sequence
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,7 +59,7 @@ def conv_function() -> tuple[Any, str]:
     return _probe("causal_conv1d", "causal_conv1d_fn")
 
 
-def why_missing() -> tuple[str, str]:
+def why_missing(device: torch.device | None = None) -> tuple[str, str]:
     """("", "") if either can run here, else the reason and the cure."""
     if not torch.cuda.is_available():
         return "there is no CUDA or ROCm device", "use a machine with a GPU and a torch build for it"
@@ -104,6 +105,7 @@ def _arguments(
     delta_bias: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     _check_channels("selective_scan", u.shape[1])
+    u, delta, A, B, C, D, z, delta_bias = all_aligned(u, delta, A, B, C, D, z, delta_bias)
     u, delta, B, C, z = (_last_contiguous(x) for x in (u, delta, B, C, z))
     D, delta_bias = (x if x is None else x.contiguous() for x in (D, delta_bias))
     return u, delta, A.contiguous(), B, C, D, z, delta_bias
@@ -151,7 +153,7 @@ def selective_scan_backward(
     """Gradients of u, delta, A, B, C, D, z and delta_bias; an empty tensor where the input is None."""
     if grad_state is not None:
         return vectorized.selective_scan_backward(grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    arguments = _arguments(u, delta, A, B, C, D, z, delta_bias)
+    arguments, grad = _arguments(u, delta, A, B, C, D, z, delta_bias), aligned(grad)
     # The operator saves its inputs alone: memory for one more forward.
     out, states, _ = _run(arguments, delta_softplus)
     du, ddelta, dA, dB, dC, dD, dbias, *dz = scan_module()[0].bwd(
@@ -185,6 +187,7 @@ def _grouped(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, delta_bias: Tensor | None, hold: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     _check_channels("directional_scan", DIRECTIONS * u.shape[3])
+    u, delta, A, B, C, delta_bias = all_aligned(u, delta, A, B, C, delta_bias)
     if hold is not None:
         delta = delta.masked_fill(hold[..., None], HELD)
     bias = None if delta_bias is None else delta_bias.flatten().contiguous()
@@ -203,6 +206,7 @@ def directional_scan(
     hold: Tensor | None,
 ) -> Tensor:
     """See :func:`ssmamba_models.ops.directional_scan`."""
+    u, D = all_aligned(u, D)
     _, _, out = _run(_grouped(u, delta, A, B, C, delta_bias, hold), True)
     y = _sum_four(out, *u.shape[1:3])
     y = y if D is None else y + D * u
@@ -221,6 +225,7 @@ def directional_scan_backward(
     hold: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D and delta_bias; an empty tensor where the input is None."""
+    grad, u, D = all_aligned(grad, u, D)
     arguments, (height, width) = _grouped(u, delta, A, B, C, delta_bias, hold), u.shape[1:3]
     _, states, _ = _run(arguments, True)
     du, ddelta, dA, dB, dC, _, dbias, *_ = scan_module()[0].bwd(
@@ -250,6 +255,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Ten
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """See :func:`ssmamba_models.ops.causal_conv1d`."""
+    x, weight, bias = all_aligned(x, weight, bias)
     return _convolve(_last_contiguous(x), weight.contiguous(), bias, silu).contiguous()
 
 
@@ -257,6 +263,7 @@ def causal_conv1d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
 ) -> tuple[Tensor, ...]:
     """Gradients of x, weight and bias, by the function's own backward: the layer below it changes between releases."""
+    grad, x, weight, bias = all_aligned(grad, x, weight, bias)
     inputs = (_last_contiguous(x), weight.contiguous(), bias)
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
     with torch.enable_grad():

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ssmamba_models.ops import checks
+from ssmamba_models.ops.derivatives import register_formula
 from ssmamba_models.ops.gradients import like_inputs, zeros_like_inputs
 from ssmamba_models.ops.rowwise import is_served_by_c
 
@@ -63,24 +64,23 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     checks.expect_shape(OP, "bias", bias, "C,", (x.shape[3],))
 
 
-def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
-    """The convolution, and the residual."""
+def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, residual: bool) -> Tensor:
+    if x.numel() == 0:  # torch's convolution refuses maps without pixels
+        return x.clone()
     bias = None if bias is None else bias.to(x.dtype)
     y = F.conv2d(x.permute(0, 3, 1, 2), weight.to(x.dtype), bias, padding=1, groups=x.shape[3]).permute(0, 2, 3, 1)
-    return y + x if residual else y
+    y = y + x if residual else y
+    return (F.silu(y) if silu else y).contiguous()
 
 
 @torch.library.custom_op("ssmamba::depthwise3x3", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, residual: bool) -> Tensor:
     _check(x, weight, bias)
-    if x.numel() == 0:  # torch's convolution refuses maps without pixels
-        return x.new_empty(x.shape)
-    if is_served_by_c(x):
+    if x.numel() and is_served_by_c(x):
         from ssmamba_models.ops.cpu import rows
 
         return rows.depthwise3x3(x, weight, bias, silu, residual)
-    y = _by_torch(x, weight, bias, residual)
-    return (F.silu(y) if silu else y).contiguous()
+    return _by_torch(x, weight, bias, silu, residual)
 
 
 @_forward.register_fake
@@ -104,20 +104,15 @@ def _backward(
         from ssmamba_models.ops.cpu import rows
 
         return like_inputs(inputs, rows.depthwise3x3_backward(grad, x, weight, bias, silu, residual))
-    return like_inputs(inputs, _backward_by_torch(grad, x, weight, bias, silu, residual))
+    return like_inputs(inputs, [x.new_empty(0) if g is None else g for g in _vjp(grad, *inputs, silu, residual)])
 
 
-def _backward_by_torch(
+def _vjp(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, residual: bool
-) -> tuple[Tensor, ...]:
-    if silu:
-        grad = torch.ops.aten.silu_backward(grad, _by_torch(x, weight, bias, residual))
-    dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight.to(x.dtype), [x.shape[3]],
-        [1, 1], [1, 1], [1, 1], False, [0, 0], x.shape[3], [True, True, True],
-    )  # fmt: skip
-    dx = dx.permute(0, 2, 3, 1)
-    return dx + grad if residual else dx, dweight, dbias
+) -> tuple[Tensor | None, ...]:
+    given = [t for t in (x, weight, bias) if t is not None]
+    _, vjp = torch.func.vjp(lambda x, w, b=None: _by_torch(x, w, b, silu, residual), *given)
+    return (*vjp(grad), None)[:3]
 
 
 @_backward.register_fake
@@ -139,6 +134,21 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _formula(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, residual: bool) -> Tensor:
+    _check(x, weight, bias)
+    return _by_torch(x, weight, bias, silu, residual)
+
+
+def _backward_formula(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    _check(*arguments[:3])
+    checks.expect_gradient(OP, grad, arguments[0])
+    return tuple(grad.new_empty(0) if g is None else g for g in _vjp(grad, *arguments))
+
+
+register_formula(_forward, _formula)
+register_formula(_backward, _backward_formula)
 
 
 @register_flop_formula(torch.ops.ssmamba.depthwise3x3)

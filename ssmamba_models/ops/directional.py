@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ssmamba_models.ops import checks
+from ssmamba_models.ops import checks, vectorized
+from ssmamba_models.ops.derivatives import register_formula
 from ssmamba_models.ops.dispatch import select
 from ssmamba_models.ops.gradients import like_inputs, zeros_like_inputs
 from ssmamba_models.ops.reference import DIRECTIONS
@@ -187,6 +188,21 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _formula(*inputs: Any) -> Tensor:
+    _check(*inputs)
+    return vectorized.directional_scan(*inputs)
+
+
+def _backward_formula(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    _check(*inputs)
+    checks.expect_gradient(OP, grad, inputs[0])
+    return like_inputs(inputs[:-1], vectorized.directional_scan_backward(grad, *inputs))
+
+
+register_formula(_forward, _formula)
+register_formula(_backward, _backward_formula)
 
 
 # Per step, channel and state: dt*A, exp, a*h, dtu*b, two additions, c*h; per step and channel: the step size and dt*u.

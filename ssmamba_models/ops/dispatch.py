@@ -1,7 +1,7 @@
 """Which backend computes an operator: a table, an environment variable, and a report of both.
 
 A backend is a module with the functions of :mod:`ssmamba_models.ops.vectorized`: one forward and one backward per
-operator, `why_missing()` and `unsupported(op, dtype, states)`. To add one, write the module and name it here.
+operator, `why_missing(device)` and `unsupported(op, dtype, states)`. To add one, write the module and name it here.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Backend:
     def load(self) -> ModuleType:
         return importlib.import_module(self.module)
 
-    def why_missing(self) -> tuple[str, str]:
-        """("", "") if it can run on this machine, else the reason and the cure."""
+    def why_missing(self, device: torch.device | None = None) -> tuple[str, str]:
+        """("", "") if it can run on this device, the current one by default, else the reason and the cure."""
         try:
-            return self.load().why_missing()
+            return self.load().why_missing(device)
         except ImportError as error:
             return f"it cannot be imported ({error})", ""
 
@@ -75,8 +75,9 @@ def _candidates(op: str, device: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def _missing(name: str) -> tuple[str, str]:
-    return BACKENDS[name].why_missing()
+def _missing(name: str, device: torch.device) -> tuple[str, str]:
+    """See :meth:`Backend.why_missing`; of a machine's GPUs one may be too old."""
+    return BACKENDS[name].why_missing(device if device.type in BACKENDS[name].devices else None)
 
 
 def forced() -> str | None:
@@ -93,20 +94,20 @@ def forced() -> str | None:
     return name
 
 
-def _obstacle(name: str, op: str, device: str, dtype: torch.dtype, states: int) -> tuple[str, str]:
+def _obstacle(name: str, op: str, device: torch.device, dtype: torch.dtype, states: int) -> tuple[str, str]:
     """Why a backend cannot serve a call, and the cure; ("", "") if it can."""
     backend = BACKENDS[name]
-    if backend.devices and device not in backend.devices:
+    if backend.devices and device.type not in backend.devices:
         devices = " and ".join(backend.devices)
-        return f"it runs on {devices} only, the tensors are on {device}", f"move them to {devices}"
-    reason, cure = _missing(name)
+        return f"it runs on {devices} only, the tensors are on {device.type}", f"move them to {devices}"
+    reason, cure = _missing(name, device)
     if reason:
         return reason, cure
     return backend.load().unsupported(op, dtype, states), ""
 
 
 @functools.cache
-def _choose(op: str, device: str, dtype: torch.dtype, states: int, name: str | None) -> ModuleType:
+def _choose(op: str, device: torch.device, dtype: torch.dtype, states: int, name: str | None) -> ModuleType:
     if name is not None:
         reason, cure = _obstacle(name, op, device, dtype, states)
         if reason:
@@ -114,7 +115,7 @@ def _choose(op: str, device: str, dtype: torch.dtype, states: int, name: str | N
                 f"{VARIABLE}={name} cannot run {op} here: {reason}. Unset {VARIABLE}{' or ' + cure if cure else ''}."
             )
         return BACKENDS[name].load()
-    for candidate in _candidates(op, device):
+    for candidate in _candidates(op, device.type):
         if not _obstacle(candidate, op, device, dtype, states)[0]:
             _warn_of_missing(op, device)
             return BACKENDS[candidate].load()
@@ -122,10 +123,10 @@ def _choose(op: str, device: str, dtype: torch.dtype, states: int, name: str | N
 
 
 @functools.cache
-def _warn_of_missing(op: str, device: str) -> None:
+def _warn_of_missing(op: str, device: torch.device) -> None:
     """Say once that a faster backend could be had."""
-    best = _candidates(op, device)[0]
-    reason, cure = _missing(best)
+    best = _candidates(op, device.type)[0]
+    reason, cure = _missing(best, device)
     if reason and not _warned(best):
         cure = f" To mend it, {cure}." if cure else ""
         warnings.warn(
@@ -151,7 +152,7 @@ def select(op: str, u: Tensor, states: int = 1) -> ModuleType:
     Raises:
         ValueError: SSMAMBA_BACKEND forces a backend that cannot.
     """
-    return _choose(op, u.device.type, u.dtype, states, forced())
+    return _choose(op, u.device, u.dtype, states, forced())
 
 
 def is_served_by(name: str, device: str) -> bool:
@@ -161,7 +162,7 @@ def is_served_by(name: str, device: str) -> bool:
         ValueError: SSMAMBA_BACKEND names no backend.
     """
     devices = BACKENDS[name].devices
-    return forced() in (None, name) and (not devices or device in devices) and not _missing(name)[0]
+    return forced() in (None, name) and (not devices or device in devices) and not _missing(name, _present(device))[0]
 
 
 def backends() -> dict[str, Any]:
@@ -174,8 +175,8 @@ def backends() -> dict[str, Any]:
     name = forced()
     report = {}
     for backend in BACKENDS.values():
-        reason, cure = _missing(backend.name)
         devices = list(backend.devices) or ["any"]
+        reason, cure = _missing(backend.name, _present(backend.devices[0] if backend.devices else "cpu"))
         report[backend.name] = {"available": not reason, "devices": devices, "reason": reason, "cure": cure}
     operators = {op: {device: _serving(op, device, name) for device in _devices()} for op in OPERATORS}
     return {"forced": name, "backends": report, "operators": operators}
@@ -190,8 +191,13 @@ def _devices() -> list[str]:
     return present
 
 
+def _present(device: str) -> torch.device:
+    """The device of this type that torch uses where none is named."""
+    return torch.device(device, torch.cuda.current_device() if device == "cuda" and torch.cuda.is_available() else 0)
+
+
 def _serving(op: str, device: str, name: str | None) -> str:
     for candidate in (name,) if name else _candidates(op, device):
-        if not _obstacle(candidate, op, device, torch.float32, 1)[0]:
+        if not _obstacle(candidate, op, _present(device), torch.float32, 1)[0]:
             return candidate
     return "none: the forced backend cannot run here"

@@ -14,7 +14,7 @@ from torch import Tensor
 from ssmamba_models.ops import reference
 
 
-def why_missing() -> tuple[str, str]:
+def why_missing(device: torch.device | None = None) -> tuple[str, str]:
     """Always there."""
     return "", ""
 

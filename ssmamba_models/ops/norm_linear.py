@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ssmamba_models.ops import checks
+from ssmamba_models.ops.derivatives import register_formula
 from ssmamba_models.ops.gradients import like_inputs, zeros_like_inputs
-from ssmamba_models.ops.rowwise import layer_norm, layer_norm_backward, piece_rows
+from ssmamba_models.ops.rowwise import as_rows, kernels, piece_rows
 
 OP = "norm_linear"
 _INPUTS = "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, float eps, Tensor? residual, float scale"
@@ -70,27 +73,71 @@ def _check(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, re
     checks.expect_shape(OP, "residual", residual, "..., N", (*x.shape[:-1], weight.shape[0]))
 
 
+def compute(
+    rows: ModuleType,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The operator on rows, (M, C) -> (M, N), by the kernels of `rows`; all but `weight` contiguous."""
+    y = x.new_empty((len(x), len(weight)))
+    transposed = (weight if residual is not None or scale == 1.0 else scale * weight).to(x.dtype).t()
+    length = piece_rows(max(weight.shape))
+    normed = x.new_empty((min(length, len(x)), x.shape[1]))
+    for first in range(0, len(x), length):
+        piece = slice(first, first + length)
+        x_piece, result = x[piece], y[piece]
+        n = rows.layer_norm(x_piece, norm_weight, norm_bias, eps, normed[: len(result)])
+        if residual is None:
+            torch.mm(n, transposed, out=result)
+        else:
+            torch.addmm(residual[piece], n, transposed, alpha=scale, out=result)
+    return y
+
+
+def compute_gradients(
+    rows: ModuleType,
+    grad: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    eps: float,
+    scale: float,
+    add: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, plus `add`, and of norm_weight, norm_bias and weight, from `grad` (M, N)."""
+    dx, dweight = torch.empty_like(x), empty_sum(weight, x)
+    dnorm = [torch.zeros_like(t) for t in (norm_weight, norm_bias)]
+    scaled = (weight if scale == 1.0 else scale * weight).to(x.dtype)
+    length = piece_rows(max(weight.shape))
+    normed = x.new_empty((min(length, len(x)), x.shape[1]))
+    for first in range(0, len(x), length):
+        piece = slice(first, first + length)
+        x_piece, g, n = x[piece], grad[piece], normed[: len(x) - first]
+        rows.layer_norm(x_piece, norm_weight, norm_bias, eps, n)
+        add_product(dweight, g.t(), n, scale, first=first == 0)
+        torch.mm(g, scaled, out=n)
+        beside = None if add is None else add[piece]
+        for total, part in zip(dnorm, rows.layer_norm_backward(n, x_piece, norm_weight, eps, beside, dx[piece])):
+            total += part
+    return dx, dnorm[0], dnorm[1], dweight
+
+
 @torch.library.custom_op("ssmamba::norm_linear", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 def _forward(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float, residual: Tensor | None, scale: float
 ) -> Tensor:
     _check(x, norm_weight, norm_bias, weight, residual)
     outputs, channels = weight.shape
-    y = x.new_empty((*x.shape[:-1], outputs))
-    tokens, results = x.reshape(-1, channels).contiguous(), y.view(-1, outputs)
     base = None if residual is None else residual.reshape(-1, outputs)
-    norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
-    transposed = weight.to(x.dtype).t() if residual is not None or scale == 1.0 else (scale * weight).to(x.dtype).t()
-    length = piece_rows(max(channels, outputs))
-    normed = x.new_empty((min(length, len(tokens)), channels))
-    for first in range(0, len(tokens), length):
-        piece = slice(first, first + length)
-        n = layer_norm(tokens[piece], norm_weight, norm_bias, eps, normed[: len(tokens[piece])])
-        if base is None:
-            torch.mm(n, transposed, out=results[piece])
-        else:
-            torch.addmm(base[piece], n, transposed, alpha=scale, out=results[piece])
-    return y
+    norm = (as_rows(t, channels)[0] for t in (norm_weight, norm_bias))
+    y = compute(kernels(x), as_rows(x, channels), *norm, weight, eps, base, scale)
+    return y.view(*x.shape[:-1], outputs)
 
 
 @_forward.register_fake
@@ -107,24 +154,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x, norm_weight, norm_bias, weight, grad)
     outputs, channels = weight.shape
-    tokens, grads = x.reshape(-1, channels).contiguous(), grad.reshape(-1, outputs)
-    norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
-    dx = torch.empty_like(tokens)
-    dparameters = [torch.zeros_like(t) for t in (norm_weight, norm_bias)]
-    dweight = empty_sum(weight, tokens)
-    scaled = (scale * weight).to(x.dtype)
-    length = piece_rows(max(channels, outputs))
-    normed = x.new_empty((min(length, len(tokens)), channels))
-    for first in range(0, len(tokens), length):
-        piece = slice(first, first + length)
-        x_piece, g, dx_piece = tokens[piece], grads[piece], dx[piece]
-        n = layer_norm(x_piece, norm_weight, norm_bias, eps, normed[: len(g)])
-        add_product(dweight, g.t(), n, scale, first=first == 0)
-        torch.mm(g, scaled, out=dx_piece)
-        for total, part in zip(dparameters, layer_norm_backward(dx_piece, x_piece, norm_weight, eps, None, dx_piece)):
-            total += part
-    grads_of = (dx.view(x.shape), *dparameters, dweight)
-    return like_inputs((x, norm_weight, norm_bias, weight), grads_of)  # type: ignore[return-value]
+    norm = (as_rows(t, channels)[0] for t in (norm_weight, norm_bias))
+    dx, *others = compute_gradients(
+        kernels(x), grad.reshape(-1, outputs), as_rows(x, channels), *norm, weight, eps, scale
+    )
+    return like_inputs((x, norm_weight, norm_bias, weight), (dx.view(x.shape), *others))  # type: ignore[return-value]
 
 
 def empty_sum(like: Tensor, rows: Tensor) -> Tensor:
@@ -161,6 +195,26 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _formula(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float, residual: Tensor | None, scale: float
+) -> Tensor:
+    _check(x, norm_weight, norm_bias, weight, residual)
+    normed = F.layer_norm(x.to(weight.dtype), norm_weight.shape, norm_weight, norm_bias, eps)
+    y = scale * F.linear(normed, weight).to(x.dtype)
+    return y if residual is None else residual + y
+
+
+def _backward_formula(
+    grad: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float, scale: float
+) -> tuple[Tensor, ...]:
+    _, vjp = torch.func.vjp(lambda *t: _formula(*t, eps, None, scale), x, norm_weight, norm_bias, weight)
+    return vjp(grad)
+
+
+register_formula(_forward, _formula)
+register_formula(_backward, _backward_formula)
 
 
 @register_flop_formula(torch.ops.ssmamba.norm_linear)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ssmamba_models.ops import checks
+from ssmamba_models.ops.derivatives import register_formula
 from ssmamba_models.ops.gradients import like_inputs, zeros_like_inputs
 from ssmamba_models.ops.norm_linear import add_product, empty_sum
-from ssmamba_models.ops.rowwise import bias_gelu, bias_gelu_backward, layer_norm, layer_norm_backward, piece_rows
+from ssmamba_models.ops.rowwise import as_rows, kernels, piece_rows
 
 OP = "residual_mlp"
 _PARAMETERS = ("norm_weight", "norm_bias", "weight1", "bias1", "weight2", "bias2")
@@ -87,6 +90,78 @@ def _check(
     checks.expect_shape(OP, "bias2", bias2, "C,", (channels,))
 
 
+def compute(
+    rows: ModuleType,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    eps: float,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """The operator on rows (M, C), by the kernels of `rows`, and with `keep` the hidden map (M, N) before its bias.
+
+    All tensors but the weights are contiguous.
+    """
+    hidden, length = len(weight1), piece_rows(len(weight1))
+    most = min(length, len(x))
+    into, back, bias2 = weight1.to(x.dtype).t(), weight2.to(x.dtype).t(), (scale * bias2).to(x.dtype)
+    y, kept = torch.empty_like(x), x.new_empty((len(x) if keep else 0, hidden))
+    normed, active = x.new_empty((most, x.shape[1])), x.new_empty((most, hidden))
+    for first in range(0, len(x), length):
+        piece = slice(first, first + length)
+        x_piece, result = x[piece], y[piece]
+        n, a = normed[: len(result)], active[: len(result)]
+        rows.layer_norm(x_piece, norm_weight, norm_bias, eps, n)
+        h = torch.mm(n, into, out=kept[piece] if keep else a)
+        rows.bias_gelu(h, bias1, a)
+        torch.add(x_piece, bias2, out=result)
+        result.addmm_(a, back, alpha=scale)
+    return y, kept
+
+
+def compute_gradients(
+    rows: ModuleType,
+    grad: Tensor,
+    kept: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    eps: float,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Gradients of x and the parameters, from `grad` (M, C)."""
+    hidden, length = len(weight1), piece_rows(len(weight1))
+    most = min(length, len(x))
+    into, back, dx = weight1.to(x.dtype), weight2.to(x.dtype), torch.empty_like(x)
+    dnorm, dnorm_bias, dbias1 = (torch.zeros_like(t) for t in (norm_weight, norm_bias, bias1))
+    dweight1, dweight2 = (empty_sum(t, x) for t in (weight1, weight2))
+    normed, active, slopes = (x.new_empty((most, width)) for width in (x.shape[1], hidden, hidden))
+    for first in range(0, len(x), length):
+        piece = slice(first, first + length)
+        x_piece, g = x[piece], grad[piece]
+        n, a, dh = normed[: len(g)], active[: len(g)], slopes[: len(g)]
+        torch.mm(g, back, out=dh)
+        dbias1 += rows.bias_gelu_backward(dh, kept[piece], bias1, scale, a)
+        add_product(dweight2, g.t(), a, scale, first=first == 0)
+        rows.layer_norm(x_piece, norm_weight, norm_bias, eps, n)
+        add_product(dweight1, dh.t(), n, first=first == 0)
+        torch.mm(dh, into, out=n)
+        part, part_bias = rows.layer_norm_backward(n, x_piece, norm_weight, eps, g, dx[piece])
+        dnorm += part
+        dnorm_bias += part_bias
+    dbias2 = grad.sum(0, dtype=bias2.dtype) * scale
+    return dx, dnorm, dnorm_bias, dweight1, dbias1, dweight2, dbias2
+
+
 @torch.library.custom_op("ssmamba::residual_mlp", mutates_args=())
 def _forward(
     x: Tensor,
@@ -101,25 +176,11 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     _check(x, norm_weight, norm_bias, weight1, bias1, weight2, bias2)
-    hidden, channels = weight1.shape
-    y = x.new_empty(x.shape)
-    tokens, results = x.reshape(-1, channels).contiguous(), y.view(-1, channels)
-    norm_weight, norm_bias, bias1 = (t.contiguous() for t in (norm_weight, norm_bias, bias1))
-    into, back = weight1.to(x.dtype).t(), weight2.to(x.dtype).t()
-    length = piece_rows(hidden)
-    most = min(length, len(tokens))
-    kept = x.new_empty((len(tokens) if keep else 0, hidden))
-    normed, active = x.new_empty((most, channels)), x.new_empty((most, hidden))
-    for first in range(0, len(tokens), length):
-        piece = slice(first, first + length)
-        rows = len(tokens[piece])
-        n = layer_norm(tokens[piece], norm_weight, norm_bias, eps, normed[:rows])
-        a = active[:rows]
-        h = torch.mm(n, into, out=kept[piece] if keep else a)
-        bias_gelu(h, bias1, a)
-        torch.add(tokens[piece], (scale * bias2).to(x.dtype), out=results[piece])
-        results[piece].addmm_(a, back, alpha=scale)
-    return y, kept
+    channels = weight1.shape[1]
+    norm_weight, norm_bias, bias1 = (as_rows(t, len(t))[0] for t in (norm_weight, norm_bias, bias1))
+    parameters = (norm_weight, norm_bias, weight1, bias1, weight2, bias2)
+    y, kept = compute(kernels(x), as_rows(x, channels), *parameters, eps, scale, keep)
+    return y.view(x.shape), kept
 
 
 @_forward.register_fake
@@ -156,34 +217,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check(x, norm_weight, norm_bias, weight1, bias1, weight2, bias2)
     checks.expect_gradient(OP, grad, x)
-    hidden, channels = weight1.shape
-    tokens, grads = (t.reshape(-1, channels).contiguous() for t in (x, grad))
-    inputs = (x, norm_weight, norm_bias, weight1, bias1, weight2, bias2)
-    norm_weight, norm_bias, bias1 = (t.contiguous() for t in (norm_weight, norm_bias, bias1))
-    into, back = weight1.to(x.dtype), weight2.to(x.dtype)
-    dx = torch.empty_like(tokens)
-    dnorm, dnorm_bias, dbias1, dbias2 = (torch.zeros_like(t) for t in (norm_weight, norm_bias, bias1, bias2))
-    dweight1, dweight2 = (empty_sum(t, tokens) for t in (weight1, weight2))
-    length = piece_rows(hidden)
-    most = min(length, len(tokens))
-    normed, active, slopes = (x.new_empty((most, width)) for width in (channels, hidden, hidden))
-    for first in range(0, len(tokens), length):
-        piece = slice(first, first + length)
-        x_piece, g, dx_piece = tokens[piece], grads[piece], dx[piece]
-        rows = len(g)
-        a, n = active[:rows], normed[:rows]
-        dh = torch.mm(g, back, out=slopes[:rows])
-        dbias1 += bias_gelu_backward(dh, kept[piece], bias1, scale, a)
-        add_product(dweight2, g.t(), a, scale, first=first == 0)
-        dbias2.add_(g.sum(0, dtype=dbias2.dtype), alpha=scale)
-        layer_norm(x_piece, norm_weight, norm_bias, eps, n)
-        add_product(dweight1, dh.t(), n, first=first == 0)
-        dn = torch.mm(dh, into, out=n)
-        part, part_bias = layer_norm_backward(dn, x_piece, norm_weight, eps, g, dx_piece)
-        dnorm += part
-        dnorm_bias += part_bias
-    grads_of = (dx.view(x.shape), dnorm, dnorm_bias, dweight1, dbias1, dweight2, dbias2)
-    return like_inputs(inputs, grads_of)  # type: ignore[return-value]
+    inputs, channels = (x, norm_weight, norm_bias, weight1, bias1, weight2, bias2), x.shape[-1]
+    norm_weight, norm_bias, bias1 = (as_rows(t, len(t))[0] for t in (norm_weight, norm_bias, bias1))
+    parameters = (norm_weight, norm_bias, weight1, bias1, weight2, bias2)
+    dx, *others = compute_gradients(
+        kernels(x), as_rows(grad, channels), kept, as_rows(x, channels), *parameters, eps, scale
+    )
+    return like_inputs(inputs, (dx.view(x.shape), *others))  # type: ignore[return-value]
 
 
 @_backward.register_fake
@@ -204,6 +244,35 @@ def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _value(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    eps: float,
+    scale: float,
+) -> Tensor:
+    _check(x, norm_weight, norm_bias, weight1, bias1, weight2, bias2)
+    normed = F.layer_norm(x.to(weight1.dtype), norm_weight.shape, norm_weight, norm_bias, eps)
+    return x + scale * F.linear(F.gelu(F.linear(normed, weight1, bias1)), weight2, bias2).to(x.dtype)
+
+
+def _formula(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _value(*arguments[:-1]), arguments[0].new_empty(0)
+
+
+def _backward_formula(grad: Tensor, kept: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    _, vjp = torch.func.vjp(lambda *tensors: _value(*tensors, *arguments[7:]), *arguments[:7])
+    return vjp(grad)
+
+
+register_formula(_forward, _formula)
+register_formula(_backward, _backward_formula)
 
 
 @register_flop_formula(torch.ops.ssmamba.residual_mlp)

@@ -1,4 +1,4 @@
-"""LayerNorm and GELU of rows with their gradients, by the C kernels where they serve and by torch elsewhere.
+"""LayerNorm and GELU of rows with their gradients, by torch: what ops/cpu/rows.py computes by C kernels.
 
 Parts of the operators that join them to matrix products, which know the gradients: nothing here is differentiable.
 Rows lie side by side; results are written where the caller says, so that pieces of a map share the same memory.
@@ -6,11 +6,15 @@ Rows lie side by side; results are written where the caller says, so that pieces
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssmamba_models.ops import dispatch
+from ssmamba_models.ops.alignment import aligned
 
 # Elements of the widest activation in a piece of a map: 4 MB in float32, so that what follows finds it in the caches.
 PIECE_ELEMENTS = 2**20
@@ -26,6 +30,20 @@ def is_served_by_c(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _NARROW and dispatch.is_served_by("c", x.device.type)
 
 
+def kernels(x: Tensor) -> ModuleType:
+    """The module with layer_norm, bias_gelu and their gradients for tensors like x: that of the C kernels, or this."""
+    if not is_served_by_c(x):
+        return sys.modules[__name__]
+    from ssmamba_models.ops.cpu import rows
+
+    return rows
+
+
+def as_rows(x: Tensor, width: int) -> Tensor:
+    """(..., width) -> (M, width), side by side where C may read them."""
+    return aligned(x.reshape(-1, width).contiguous())
+
+
 def piece_rows(width: int) -> int:
     """Rows of a piece whose widest activation has `width` values a row."""
     return max(64, PIECE_ELEMENTS // max(1, width))
@@ -33,10 +51,6 @@ def piece_rows(width: int) -> int:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> Tensor:
     """Write LayerNorm(x) to `out`, both (M, C); weight and bias (C,)."""
-    if is_served_by_c(x):
-        from ssmamba_models.ops.cpu import rows
-
-        return rows.layer_norm(x, weight, bias, eps, out)
     return out.copy_(F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps))
 
 
@@ -48,10 +62,6 @@ def layer_norm_backward(
     Returns:
         The gradients of weight and bias (C,), in their dtype.
     """
-    if is_served_by_c(x):
-        from ssmamba_models.ops.cpu import rows
-
-        return rows.layer_norm_backward(grad, x, weight, eps, add, out)
     x, grad, shape = x.to(weight.dtype), grad.to(weight.dtype), list(weight.shape)
     _, mean, rstd = torch.native_layer_norm(x, shape, weight, None, eps)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
@@ -63,10 +73,6 @@ def layer_norm_backward(
 
 def bias_gelu(x: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     """Write gelu(x + bias) to `out`: (M, N) and (N,)."""
-    if is_served_by_c(x):
-        from ssmamba_models.ops.cpu import rows
-
-        return rows.bias_gelu(x, bias, out)
     return out.copy_(F.gelu(x + bias))
 
 
@@ -76,10 +82,6 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, scale: float, out:
     Returns:
         The gradient of bias (N,), in its dtype.
     """
-    if is_served_by_c(x):
-        from ssmamba_models.ops.cpu import rows
-
-        return rows.bias_gelu_backward(grad, x, bias, scale, out)
     x = x + bias
     out.copy_(F.gelu(x))
     slope = torch.ops.aten.gelu_backward(torch.ones_like(x), x)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ssmamba_models.ops import checks
+from ssmamba_models.ops import checks, vectorized
+from ssmamba_models.ops.derivatives import register_formula
 from ssmamba_models.ops.dispatch import select
 from ssmamba_models.ops.gradients import like_inputs, zeros_like_inputs
 
@@ -257,6 +258,21 @@ def _autograd(ctx: Any, grad: Tensor, grad_state: Tensor | None) -> tuple[Tensor
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _formula(*inputs: Any) -> tuple[Tensor, Tensor]:
+    _check(*inputs[:-1])
+    return vectorized.selective_scan(*inputs)
+
+
+def _backward_formula(grad: Tensor, grad_state: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+    _check(*inputs[:-1])
+    checks.expect_gradient(OP, grad, inputs[0])
+    return like_inputs(inputs[:-1], vectorized.selective_scan_backward(grad, grad_state, *inputs))
+
+
+register_formula(_forward, _formula)
+register_formula(_backward, _backward_formula)
 
 
 # Per step, channel and state: dt*A, exp, a*h, dtu*b, two additions, c*h; per step and channel: step size, dt*u, D*u.

@@ -23,7 +23,7 @@ from ssmamba_models.ops.reference import DIRECTIONS, to_map, to_sequence
 WORKING_SET = 2**21
 
 
-def why_missing() -> tuple[str, str]:
+def why_missing(device: torch.device | None = None) -> tuple[str, str]:
     """Always there."""
     return "", ""
 

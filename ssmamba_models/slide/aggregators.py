@@ -6,28 +6,14 @@ import difflib
 import importlib
 from typing import Any
 
+from ssmamba_models.choices import AGGREGATORS
 from ssmamba_models.slide.aggregator import Aggregator
 from ssmamba_models.slide.class_arguments import check_arguments
-
-# Name -> (module under ssmamba_models.slide, class).
-_AGGREGATORS = {
-    "mambamil": ("mamba_mil", "MambaMIL"),
-    "abmil": ("torchmil_models", "ABMIL"),
-    "clam": ("torchmil_models", "CLAM"),
-    "dsmil": ("torchmil_models", "DSMIL"),
-    "transmil": ("transmil", "TransMIL"),
-    "transformer_abmil": ("torchmil_models", "TransformerABMIL"),
-    "smabmil": ("torchmil_models", "SmABMIL"),
-    "patchgcn": ("torchmil_models", "PatchGCN"),
-    "pama": ("pama_aggregator", "PamaAggregator"),
-    "mean": ("pooling", "MeanPooling"),
-    "max": ("pooling", "MaxPooling"),
-}
 
 
 def list_aggregators() -> list[str]:
     """The names that `create_aggregator` knows."""
-    return list(_AGGREGATORS)
+    return list(AGGREGATORS)
 
 
 def aggregator_class(name: str) -> type[Aggregator]:
@@ -36,11 +22,11 @@ def aggregator_class(name: str) -> type[Aggregator]:
     Raises:
         ValueError: an unknown name; the nearest ones are named.
     """
-    if name not in _AGGREGATORS:
-        near = difflib.get_close_matches(str(name).lower(), _AGGREGATORS, n=2, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(_AGGREGATORS)}"
+    if name not in AGGREGATORS:
+        near = difflib.get_close_matches(str(name).lower(), AGGREGATORS, n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(AGGREGATORS)}"
         raise ValueError(f"unknown aggregator {name!r}; {hint}")
-    module, attribute = _AGGREGATORS[name]
+    module, attribute = AGGREGATORS[name]
     return getattr(importlib.import_module(f"ssmamba_models.slide.{module}"), attribute)
 
 

@@ -11,9 +11,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, trunc_normal_
 from torch import Tensor, nn
 
-from ssmamba_models.layers.dms import pool_hold
 from ssmamba_models.layers.vector_spread import vector_spread
-from ssmamba_models.models.ssmamba import Block, SSMamba
+from ssmamba_models.models.ssmamba import Block, SSMamba, pool_hold
 from ssmamba_models.ssl.info_nce import two_way_info_nce
 
 MASKED_STATES = ("token", "hold")

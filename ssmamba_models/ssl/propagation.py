@@ -10,10 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ssmamba_models.choices import KMEANS
 from ssmamba_models.layers.gather_rows import is_distributed
 from ssmamba_models.ssl.nearest_rows import nearest_rows
-
-KMEANS = ("sklearn", "faiss")
 
 
 class SpatialPropagationMiner(nn.Module):

@@ -28,13 +28,6 @@ import signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us too; who asked decides when we end
 import sys
 sys.path[:] = {path!r}
-import importlib.abc
-class WithoutTorch(importlib.abc.MetaPathFinder):
-    # The package's own __init__ goes on without them, and a decoding process starts ten times as fast.
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "torchvision", "timm"):
-            raise ImportError(name + " is not for decoding processes")
-sys.meta_path.insert(0, WithoutTorch())
 from ssmamba_models.wsi.decode_processes import serve
 serve()
 """
@@ -128,7 +121,9 @@ class Decoders:
 class _Process:
     def __init__(self) -> None:
         command = [sys.executable, "-c", _START.format(path=sys.path)]
-        self._popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # One core for each: what the libraries in it compute on threads of their own has no other.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self._popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
     @property
     def pid(self) -> int:

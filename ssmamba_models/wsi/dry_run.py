@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -13,6 +14,7 @@ import torch
 from ssmamba_models.engine.processes import default_workers
 from ssmamba_models.notice import one_line
 from ssmamba_models.progress import progress_bar
+from ssmamba_models.threads import threaded
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.decoding import Counted, CountTask
 from ssmamba_models.wsi.extract_plan import ExtractPlan
@@ -23,8 +25,9 @@ from ssmamba_models.wsi.status import DONE, FAILED, NO_TISSUE, PENDING, is_settl
 from ssmamba_models.wsi.tile_encoder import TileEncoder
 from ssmamba_models.wsi.tiling_plan import TilingPlan
 
-# The model is timed over so many batches and at least so many seconds, after one to warm up.
-_BATCHES, _SECONDS = 3, 2.0
+# The model is timed over so many batches and at least so many seconds, after one to warm up; where that takes longer
+# than the last number of seconds, over what was done by then.
+_BATCHES, _SECONDS, _LONGEST = 3, 2.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class DryRun:
         return (self.tiles + self.bag_tiles) / self.tiles_per_second
 
 
+@threaded
 def dry_run(
     slides: Sequence[str | os.PathLike], out: str | os.PathLike, plan: ExtractPlan, *, progress: bool = True
 ) -> DryRun:
@@ -130,9 +134,14 @@ def measure_speed(encoder: TileEncoder, batch_size: int, seconds: float = _SECON
     """Tiles per second of a model that waits for nothing."""
     shape = (batch_size, encoder.size, encoder.size, 3)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    encoder.finish(encoder.start(pixels))
-    start, batches = time.perf_counter(), 0
-    while batches < _BATCHES or time.perf_counter() - start < seconds:
+
+    def seconds_of_batch() -> float:
+        start = time.perf_counter()
         encoder.finish(encoder.start(pixels))
-        batches += 1
-    return batches * batch_size / (time.perf_counter() - start)
+        return time.perf_counter() - start
+
+    first = seconds_of_batch()
+    times: list[float] = []
+    while first + sum(times) < _LONGEST and (len(times) < _BATCHES or sum(times) < seconds):
+        times.append(seconds_of_batch())
+    return batch_size / statistics.mean(times or [first])

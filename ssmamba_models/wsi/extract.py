@@ -14,6 +14,7 @@ from ssmamba_models.data.hdf5 import require_h5py
 from ssmamba_models.engine.device import resolve_device
 from ssmamba_models.progress import progress_bar
 from ssmamba_models.stopping import stopped_in_order
+from ssmamba_models.threads import threaded
 from ssmamba_models.wsi.claims import Claims
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.extract_plan import ExtractPlan
@@ -45,6 +46,7 @@ class ExtractResult(JobResult):
     timing: Timing
 
 
+@threaded
 def extract_slides(
     slides: Places, out: str | os.PathLike, plan: ExtractPlan | None = None, *, progress: bool = True
 ) -> ExtractResult:

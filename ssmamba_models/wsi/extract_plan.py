@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ssmamba_models.engine.device import PRECISIONS
+from ssmamba_models.choices import ENGINES, FEATURE_DTYPES, POOLS, PRECISIONS
 from ssmamba_models.engine.encoder import Encoder, load_encoder
-from ssmamba_models.engine.feature_pool import POOLS
 from ssmamba_models.wsi.job import JobSettings
 from ssmamba_models.wsi.tile_encoder import TileEncoder
 from ssmamba_models.wsi.tiling_plan import TilingPlan
 
-ENGINES, DTYPES = ("local", "ray"), ("float32", "float16")
 _OF_RAY = ("num_cpus", "num_gpus", "max_retries")
 
 
@@ -55,7 +53,7 @@ class ExtractPlan(TilingPlan):
         super().__post_init__()
         self._check_least(batch_size=1, img_size=1, num_cpus=0, num_gpus=0, max_retries=0)
         self._check_least(shared_aug=0, shared_aug_tiles=1)
-        for name, known in (("precision", PRECISIONS), ("dtype", DTYPES), ("engine", ENGINES), ("pool", POOLS)):
+        for name, known in (("precision", PRECISIONS), ("dtype", FEATURE_DTYPES), ("engine", ENGINES), ("pool", POOLS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         for name in _OF_RAY:

@@ -19,6 +19,7 @@ from typing import Any
 from ssmamba_models.locks import STALE
 from ssmamba_models.notice import SSMambaWarning, one_line
 from ssmamba_models.stopping import stopped_in_order
+from ssmamba_models.threads import threaded
 from ssmamba_models.wsi.claims import Claims
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.extract_plan import ExtractPlan
@@ -127,6 +128,7 @@ def _result(ray: ModuleType, ready: Any, claims: Claims, slide: SlideFile) -> tu
         return run.outcome, Timing()
 
 
+@threaded
 def _extract_slide(slide: SlideFile, root: str, plan: ExtractPlan) -> tuple[Outcome, Timing]:
     """The task: one slide, in a process of the cluster."""
     encoder = _encoder(plan)

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ssmamba_models.choices import POOLS
 from ssmamba_models.engine.encoder import Encoder
-from ssmamba_models.engine.feature_pool import POOLS, last_maps, pool_features, pool_maps
+from ssmamba_models.engine.feature_pool import last_maps, pool_features, pool_maps
 from ssmamba_models.engine.short_memory import out_of_memory
 from ssmamba_models.wsi.shared_aug import SharedAugmentation
 
@@ -83,8 +84,7 @@ class TileEncoder:
             if augmentation is not None:
                 images = augmentation(images)
             images = images.sub_(self._mean).div_(self._std)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.encoder.bf16):
-                return self._forward(images, maps=self._grid and augmentation is None)
+            return self._forward(images, maps=self._grid and augmentation is None)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -93,7 +93,7 @@ class TileEncoder:
             ) from error
 
     def _forward(self, images: torch.Tensor, maps: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        model = self.encoder.model
+        model = self.encoder.runner
         pool = self.encoder.pool
         if not maps:
             return pool_features(model, images, pool), None

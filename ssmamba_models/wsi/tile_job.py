@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ssmamba_models.choices import TILE_SUFFIXES
 from ssmamba_models.data.labelled import MANIFEST
 from ssmamba_models.notice import SSMambaWarning
 from ssmamba_models.output import whole_file
@@ -25,7 +26,6 @@ from ssmamba_models.wsi.tile_manifest import read_tile_labels, write_manifest
 # Raised when the same settings begin to give other tiles.
 FORMAT = 1
 
-SUFFIXES = {"png": ".png", "jpeg": ".jpg"}
 # In each slide's folder: where it comes from, its geometry, and its tiles.
 RECORD = "slide.json"
 LABELS = "labels.csv"
@@ -75,7 +75,7 @@ class TileJob(JobFolder[TileSettings]):
 
     def tile_name(self, x: int, y: int) -> str:
         """What the tile in this column and row of its slide's grid is called."""
-        return f"{x}_{y}{SUFFIXES[self.settings.image_format]}"
+        return f"{x}_{y}{TILE_SUFFIXES[self.settings.image_format]}"
 
     def clean_slide(self, slide: SlideFile) -> None:
         """As `JobFolder.clean_slide`: folders that were not finished, or are obsolete."""

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ssmamba_models.choices import TILE_SUFFIXES
 from ssmamba_models.engine.processes import default_workers
 from ssmamba_models.locks import Lock
 from ssmamba_models.progress import progress_bar
 from ssmamba_models.stopping import stopped_in_order
+from ssmamba_models.threads import threaded
 from ssmamba_models.wsi.claims import JobClaims
 from ssmamba_models.wsi.decode_processes import Decoders
 from ssmamba_models.wsi.dry_run import PlannedSlide, count_tiles
@@ -20,7 +22,7 @@ from ssmamba_models.wsi.extract import Places
 from ssmamba_models.wsi.job_run import JobResult, follow, job_standing
 from ssmamba_models.wsi.slide_list import SlideFile
 from ssmamba_models.wsi.tile_engine import TileEngine
-from ssmamba_models.wsi.tile_job import SUFFIXES, TileJob, TileSettings, check_slide_names
+from ssmamba_models.wsi.tile_job import TileJob, TileSettings, check_slide_names
 from ssmamba_models.wsi.tile_run import TileRun
 from ssmamba_models.wsi.tiling_plan import TilingPlan
 
@@ -44,8 +46,8 @@ class TilePlan(TilingPlan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.format not in SUFFIXES:
-            raise ValueError(f"format is {self.format!r}, expected one of {', '.join(SUFFIXES)}")
+        if self.format not in TILE_SUFFIXES:
+            raise ValueError(f"format is {self.format!r}, expected one of {', '.join(TILE_SUFFIXES)}")
         if self.quality is not None and self.format != "jpeg":
             raise ValueError(f"quality is {self.quality}, but {self.format} keeps every pixel; give it with jpeg only")
         if self.quality is not None and not 1 <= self.quality <= 100:
@@ -87,6 +89,7 @@ class _TileClaims(JobClaims[TileJob, TileRun]):
         return TileRun(self._job, slide, lock, self._plan.max_bad_tiles)
 
 
+@threaded
 def tile_slides(
     slides: Places, out: str | os.PathLike, plan: TilePlan | None = None, *, progress: bool = True
 ) -> TileResult:
@@ -144,6 +147,7 @@ def tile_slides(
         return TileResult(**job_standing(job, found, new), manifest=job.manifest, tiles=tiles, seconds=seconds)
 
 
+@threaded
 def count_slide_tiles(
     slides: Places, out: str | os.PathLike, plan: TilePlan | None = None, *, progress: bool = True
 ) -> list[PlannedSlide]:

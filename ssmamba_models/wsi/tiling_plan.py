@@ -27,6 +27,8 @@ class TilingPlan:
         max_bad_tiles: the share of a slide's tiles that may be unreadable; a slide with more fails.
         retry_failed: try failed slides again.
         workers: processes that read tiles; 0 reads in this one, None chooses by the machine.
+        threads: CPU threads of the model, and the most `workers` that are chosen; None takes the cores that this
+            process may use (see `threads.use_threads`).
         shard: (i, n): begin with the i-th share of the slides, from 1, then help the other shards.
     """
 
@@ -39,6 +41,7 @@ class TilingPlan:
     max_bad_tiles: float = 0.05
     retry_failed: bool = False
     workers: int | None = None
+    threads: int | None = None
     shard: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -55,7 +58,7 @@ class TilingPlan:
         for name in ("min_tissue", "max_bad_tiles"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a share from 0 to 1")
-        self._check_least(workers=0)
+        self._check_least(workers=0, threads=1)
 
     def _check_least(self, **least: int) -> None:
         for name, bound in least.items():

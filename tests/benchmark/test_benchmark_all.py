@@ -1,6 +1,7 @@
 """`ssmamba benchmark all --quick`: every benchmark in one report."""
 
 import json
+import shutil
 
 import pytest
 
@@ -13,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, g++")
 def test_quick(ssmamba, tmp_path):
     result = ssmamba("benchmark", "all", "--quick", "--threads", 1, "--json", tmp_path / "all.json", "--out", tmp_path)
     assert result.exit_code == 0, result.output

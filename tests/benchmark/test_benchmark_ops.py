@@ -9,7 +9,8 @@ import torch
 from ssmamba_models import ops
 from ssmamba_models.benchmark import op_contenders
 from ssmamba_models.benchmark.bandwidth import COPY_BYTES
-from ssmamba_models.benchmark.op_cases import CASES, OPS, OpCase, make_inputs
+from ssmamba_models.benchmark.defaults import OPS
+from ssmamba_models.benchmark.op_cases import CASES, OpCase, make_inputs
 from ssmamba_models.benchmark.op_contenders import CONV1D, PASSES, REFERENCE, contenders_for, make_call
 from ssmamba_models.benchmark.ops import OpsPlan, format_ops, run_ops
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssmamba_models.benchmark import timing
-from ssmamba_models.benchmark.timing import CudaClock, Timing, speedup, thread_count, time_interleaved
+from ssmamba_models.benchmark.timing import CudaClock, Timing, speedup, time_interleaved
 
 
 class ScriptedClock:
@@ -73,16 +73,6 @@ def test_speedup_pairs_the_rounds():
     with pytest.raises(ValueError, match="same rounds"):
         speedup(Timing((1.0,), 1), Timing((1.0, 2.0), 1))
 
-
-def test_thread_count_is_put_back():
-    before = torch.get_num_threads()
-    with thread_count(before + 1) as threads:
-        assert threads == torch.get_num_threads() == before + 1
-    assert torch.get_num_threads() == before
-    with thread_count(None) as threads:
-        assert threads == before
-    with pytest.raises(ValueError, match="threads must be at least 1"), thread_count(0):
-        pass
 
 
 def test_cuda_clock_empties_the_cache_outside_the_events(monkeypatch):

@@ -5,14 +5,18 @@ import time
 
 import pytest
 import torch
+from PIL import Image
+from torch.utils.data import default_collate
 
 from ssmamba_models.benchmark import train
 from ssmamba_models.benchmark.mae import MaskedAutoencoder
 from ssmamba_models.benchmark.train import TrainPlan, format_train, run_train
+from ssmamba_models.benchmark.train_step import TrainStep
+from ssmamba_models.ssl.mamim_views import MamimViews
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = {"model": "test_ssmamba", "peer": "test_vit", "size": 64, "batch_size": 4, "workers": 0}
+TINY = {"model": "test_ssmamba", "peer": "test_vit", "method": "mamim", "size": 64, "batch_size": 4, "workers": 0}
 TINY |= {"wait_steps": 2, "rounds": 1, "threads": 1}
 
 
@@ -121,20 +125,43 @@ def test_report_is_json_and_the_table_fits(report):
     assert max(len(line) for line in table.splitlines() if not line.startswith("data: ")) <= 110
 
 
-def test_a_step_moves_the_weights_of_both(labelled_tiles, monkeypatch):
-    moved = {}
-    real = train._time_steps
+def test_supervised_and_self_supervised_steps_in_one_report(labelled_tiles):
+    plan = {**TINY, "method": "both", "dtype": "both", "peers": ("test_convnext",), "batch_size": 2, "wait_steps": 1}
+    report = run_train(TrainPlan(**plan, data=str(labelled_tiles)))
+    kinds = [("test_ssmamba", "supervised"), ("test_convnext", "supervised")]
+    kinds += [("test_ssmamba", "mamim"), ("test_vit", "mae")]
+    assert [(row["dtype"], row["model"], row["method"]) for row in report["results"]] == [
+        (dtype, *kind) for dtype in ("float32", "bfloat16") for kind in kinds
+    ]
+    for row in report["results"]:
+        assert (row["ours_over_peer"] is None) == (row["model"] == "test_ssmamba")
+        assert row["batch_size"] == 2
+    assert report["data"]["dtype"] == "bfloat16"
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert max(len(line) for line in format_train(report).splitlines() if not line.startswith("data: ")) <= 120
 
-    def watch(plan, steps, batch):
-        for name, step in steps.items():
-            before = [p.detach().clone() for p in step.module.parameters()]
-            step(batch)
-            moved[name] = any((p != old).any() for p, old in zip(step.module.parameters(), before))
-        return real(plan, steps, batch)
 
-    monkeypatch.setattr(train, "_time_steps", watch)
-    run_train(TrainPlan(**TINY, data=str(labelled_tiles)))
-    assert moved == {"mamim": True, "mae": True}
+def test_supervised_alone_reads_no_tiles():
+    report = run_train(TrainPlan(**{**TINY, "method": "supervised", "data": "nowhere", "peers": ("test_vit",)}))
+    assert [row["method"] for row in report["results"]] == ["supervised"] * 2
+    assert report["data"] is None
+    assert "waits for data" not in format_train(report)
+
+
+def test_a_peer_that_cannot_take_the_size_has_a_reason(labelled_tiles):
+    plan = {**TINY, "model": "test_vit", "peers": ("test_convnext",), "method": "supervised", "size": 72}
+    report = run_train(TrainPlan(**plan))
+    assert "divisible by patch size" in report["results"][0]["reason"]
+    assert "not measured: " in format_train(report)
+
+
+@pytest.mark.parametrize("loss", [train._MamimLoss, train._MaeLoss])
+def test_a_step_moves_the_weights_of_both(loss):
+    step = TrainStep(loss(TrainPlan(**TINY)))
+    before = [p.detach().clone() for p in step.module.parameters()]
+    tile, views = Image.new("RGB", (96, 96), (200, 120, 170)), MamimViews(64)
+    step(default_collate([views(tile, torch.Generator().manual_seed(seed)) for seed in range(2)]))
+    assert any((p != old).any() for p, old in zip(step.module.parameters(), before))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -145,7 +172,7 @@ def test_a_step_computes_in_its_dtype(dtype):
             self.dtype = product.dtype
             return product.float().sum()
 
-    step = train.TrainStep(Loss(2, 2), TrainPlan(dtype=dtype))
+    step = TrainStep(Loss(2, 2), dtype=dtype)
     step(torch.ones(1, 2))
     assert step.module.dtype == getattr(torch, dtype)
     assert step.module.weight.dtype == torch.float32
@@ -173,6 +200,8 @@ def test_from_the_command_line_with_workers_and_synthetic_tiles(ssmamba, tmp_pat
         ({"wait_steps": 0}, "wait steps must be at least 1, got 0"),
         ({"workers": -1}, "workers must be at least 0, got -1"),
         ({"dtype": "float8"}, "dtype 'float8' is unknown"),
+        ({"method": "dino"}, "method 'dino' is unknown; expected one of supervised, mamim, both"),
+        ({"allocator": "jemalloc"}, "allocator 'jemalloc' is unknown"),
         ({"device": "cuda:99"}, "device 'cuda:99'"),
     ],
 )

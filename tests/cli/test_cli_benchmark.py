@@ -22,8 +22,12 @@ def test_models_prints_a_table_and_writes_json(run, tmp_path):
     result = run("models", "--model", "test_ssmamba", *FAST, "--json", out)
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("model")
-    assert "timing test_ssmamba, test_convnext" in result.stderr
-    assert [row["model"] for row in json.loads(out.read_text())["results"]] == ["test_ssmamba", "test_convnext"]
+    assert "timing test_ssmamba (optimized), test_ssmamba, test_convnext" in result.stderr
+    assert [(row["model"], row["mode"]) for row in json.loads(out.read_text())["results"]] == [
+        ("test_ssmamba", "optimized"),
+        ("test_ssmamba", "eager"),
+        ("test_convnext", "eager"),
+    ]
     assert list(tmp_path.iterdir()) == [out]
 
 

@@ -60,6 +60,7 @@ SAME = {
     "--resume": "flag",
     "--overwrite": "flag",
     "--quiet": "flag",
+    "--threads": "integer",
     "--precision": "choice",
 }
 # What must not come back as another name for the same.
@@ -150,6 +151,55 @@ def test_bad_usage_is_exit_code_2_with_a_hint(ssmamba, name):
     assert "Traceback" not in result.stderr
 
 
+_WITHOUT = """
+import sys
+from ssmamba_models.cli.main import main
+code = 0
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code
+heavy = {"torch", "torchvision", "timm", "numpy", "PIL", "h5py", "scipy", "sklearn"} & set(sys.modules)
+sys.exit(f"loaded {sorted(heavy)}" if heavy else code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        *(([*name.split(), "--help"], 0) for name in COMMANDS),
+        *(([*name.split(), "--no-such-option"], 2) for name in LEAVES),
+        (["--version"], 0),
+        (["no-such-command"], 2),
+        (["extract"], 2),
+        (["embed", "tiles", "--out", "f.h5", "--threads", "0"], 2),
+        (["finetune", "--out", "run", "--precision", "int1"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_help_and_errors_of_usage_do_not_wait_for_torch(arguments, code):
+    run = subprocess.run([sys.executable, "-c", _WITHOUT, *arguments], capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+
+
+def test_what_computes_takes_a_number_of_threads():
+    flags = {name: {flag for item in COMMANDS[name].params for flag in item.opts} for name in LEAVES}
+    without = {name for name in LEAVES if "--threads" not in flags[name]}
+    assert without == {"list", "doctor", "convert", "check", "publish"}
+
+
+def test_names_in_the_help_are_those_that_there_are():
+    from ssmamba_models import choices
+    from ssmamba_models.benchmark import defaults, op_cases, ops
+    from ssmamba_models.engine.methods import METHODS
+    from ssmamba_models.engine.slide_methods import SLIDE_METHODS
+
+    assert sorted(choices.METHODS) == sorted(METHODS)
+    assert sorted(choices.SLIDE_METHODS) == sorted(SLIDE_METHODS)
+    assert set(defaults.OPS) == {case.op for case in op_cases.CASES}
+    assert tuple(ops.DTYPES) == defaults.OP_DTYPES
+
+
 def test_version(ssmamba):
     from ssmamba_models import __version__
 
@@ -184,7 +234,7 @@ def test_what_the_package_warns_of_is_one_line(tmp_path):
 
 
 def test_ctrl_c_is_not_taken_for_items_that_failed(ssmamba, monkeypatch):
-    from ssmamba_models.cli import embed
+    from ssmamba_models.engine import embed
 
     def stop(*arguments, **options):
         raise KeyboardInterrupt

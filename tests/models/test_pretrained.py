@@ -70,10 +70,23 @@ class TestFromAFile:
         assert not caplog.records
         assert torch.equal(model.head.norm.weight, create().head.norm.weight)
 
-    def test_other_channels(self, create):
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_one_channel_is_the_float32_sum_of_three(self, dtype, trained, tmp_path):
+        """Whatever precision the file has: the sum is not rounded to it."""
+        path = tmp_path / "weights.safetensors"
+        save_file({name: value.to(dtype) for name, value in trained.state_dict().items()}, path)
+        grey = timm.create_model(
+            "test_ssmamba", pretrained=True, pretrained_cfg_overlay={"file": str(path)}, in_chans=1
+        ).stem.conv1.weight
+        want = trained.stem.conv1.weight.to(dtype).float().sum(1, keepdim=True)
+        assert torch.equal(grey, want)
+        assert dtype == torch.float32 or not torch.equal(want, want.to(dtype).float())
+
+    def test_four_channels(self, create):
         colour = create().stem.conv1.weight
-        assert torch.allclose(create(in_chans=1).stem.conv1.weight, colour.sum(1, keepdim=True), atol=1e-2)
-        assert create(in_chans=4)(torch.zeros(1, 4, 64, 64)).shape == (1, 48)
+        four = create(in_chans=4)
+        assert torch.equal(four.stem.conv1.weight, torch.cat((colour, colour[:, :1]), 1) * 0.75)
+        assert four(torch.zeros(1, 4, 64, 64)).shape == (1, 48)
 
     def test_feature_maps(self, create):
         image = torch.randn(1, 3, 64, 64)
@@ -83,7 +96,10 @@ class TestFromAFile:
         assert len(maps) == 4
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(maps, expected))
 
-    @pytest.mark.parametrize("options", [{"global_pool": "max"}, {"global_pool": ""}, {"proj_drop_rate": 0.1}])
+    @pytest.mark.parametrize(
+        "options",
+        [{"global_pool": "max"}, {"global_pool": ""}, {"global_pool": "catavgmax"}, {"proj_drop_rate": 0.1}],
+    )
     def test_other_options(self, create, options):
         assert torch.equal(create(**options).stem.conv2.weight, create().stem.conv2.weight)
 

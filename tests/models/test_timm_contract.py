@@ -71,6 +71,10 @@ def test_the_default_configuration_is_complete(name):
     assert model.get_submodule(cfg["first_conv"]).weight.shape[1] == 3
     config = timm.data.resolve_model_data_config(model)
     assert config["input_size"] == cfg["input_size"]
+    assert cfg["origin_url"].startswith("https://")
+    assert cfg["paper_ids"] == "arXiv:2604.15711"
+    assert "SSMamba" in cfg["description"]
+    assert ("MAMIM" in cfg["description"]) == bool(cfg.get("hf_hub_id"))
 
 
 @EVERY
@@ -143,16 +147,85 @@ def test_every_parameter_gets_a_gradient(name):
 
 @pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", ""])
 def test_global_pool(pool):
-    if pool == "catavgmax":  # twice the features: not a pooling that our head promises
-        pytest.skip("its width is not num_features")
     model = small(num_classes=5, global_pool=pool)
     x = image()
     with torch.no_grad():
         features, y = model.forward_features(x), model(x)
-        pooled = {"avg": features.mean((1, 2)), "max": features.amax((1, 2)), "": features}
-        pooled["avgmax"] = (pooled["avg"] + pooled["max"]) / 2
-        want = model.head.fc(model.head.norm(pooled[pool]))
-    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+        mean, most, norm = features.mean((1, 2)), features.amax((1, 2)), model.head.norm
+        pooled = {"avg": norm(mean), "max": norm(most), "": norm(features), "avgmax": norm((mean + most) / 2)}
+        pooled["catavgmax"] = torch.cat((norm(mean), norm(most)), -1)
+        torch.testing.assert_close(y, model.head.fc(pooled[pool]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.forward_head(features, pre_logits=True), pooled[pool], rtol=1e-4, atol=1e-5)
+        assert pooled[pool].shape[-1] == model.head_hidden_size
+        model.reset_classifier(0)
+        torch.testing.assert_close(model(x), pooled[pool], rtol=1e-4, atol=1e-5)
+
+
+def test_catavgmax_has_twice_the_width():
+    """num_features stays that of the map, as in timm's channels-last models; the head is twice as wide."""
+    x = image()
+    model = small(num_classes=0, global_pool="catavgmax")
+    assert (model.num_features, model.head_hidden_size, model.head.num_features) == (48, 96, 96)
+    assert model(x).shape == (2, 96)
+    model.reset_classifier(4)
+    assert model.head.fc.in_features == 96
+    for pool, width in (("avg", 48), ("catavgmax", 96), ("", 48), ("max", 48), ("catavgmax", 96)):
+        model.reset_classifier(3, pool)
+        assert (model.num_features, model.head_hidden_size, model.head.fc.in_features) == (48, width, width)
+        assert model(x).shape == ((2, 2, 2, 3) if pool == "" else (2, 3))
+        model.reset_classifier(0)
+        assert model(x).shape[-1] == width
+    model.prune_intermediate_layers([1])
+    model.reset_classifier(5, "catavgmax")
+    assert (model.num_features, model.head_hidden_size) == (24, 48)
+    assert model(x).shape == (2, 5)
+    with torch.no_grad():
+        scripted = torch.jit.script(small(num_classes=3, global_pool="catavgmax"))
+        torch.testing.assert_close(scripted(x), small(num_classes=3, global_pool="catavgmax")(x))
+
+
+def test_changing_the_pooling_keeps_the_norm_and_its_weights():
+    model, x = small(num_classes=5), image()
+    with torch.no_grad():
+        model.head.norm.weight.copy_(torch.linspace(0.5, 2, 48))
+        mean = model.forward_head(model.forward_features(x), pre_logits=True)
+        model.reset_classifier(0, "catavgmax")
+        both = model(x)
+        torch.testing.assert_close(both[:, :48], mean)
+        other = small(num_classes=0, global_pool="catavgmax")
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(x), both)
+
+
+@pytest.mark.parametrize("pool", ["mean", "token", "AVG"])
+def test_an_unknown_pooling_is_named(pool):
+    with pytest.raises(ValueError, match=rf"global_pool is '{pool}', expected one of '', 'avg'.*'catavgmax'"):
+        small(global_pool=pool)
+    model = small(num_classes=3)
+    with pytest.raises(ValueError, match=f"global_pool is '{pool}'"):
+        model.reset_classifier(7, pool)
+    assert model.num_classes == 3
+    assert model(image()).shape == (2, 3)  # nothing is half-changed
+
+
+@pytest.mark.parametrize("img_size", [None, 224, (96, 1024), [33, 1]])
+def test_any_input_size_can_be_set(img_size):
+    """It changes nothing: any size works before and after."""
+    model = small()
+    before = model(image(33, 47))
+    assert model.set_input_size(img_size=img_size) is None
+    assert torch.equal(model(image(33, 47)), before)
+
+
+@pytest.mark.parametrize("img_size", [0, -224, (224, 0), (224,), (3, 224, 224), (224, 2.5), "224", True, ()])
+def test_an_impossible_input_size_is_named(img_size):
+    with pytest.raises(ValueError, match=r"img_size is .* expected a positive int or"):
+        small().set_input_size(img_size)
+
+
+def test_there_is_no_patch_size_to_set():
+    with pytest.raises(ValueError, match="patch_size is 16, but SSMamba has no patches"):
+        small().set_input_size(224, patch_size=16)
 
 
 def test_forward_head_and_pre_logits_agree(model):

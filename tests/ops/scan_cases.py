@@ -164,9 +164,18 @@ def relative_errors(found: dict[str, torch.Tensor], truth: dict[str, torch.Tenso
     return errors
 
 
-def assert_close_to_truth(op: str, inputs: Inputs, truth=None, tolerance: float | None = None) -> None:
+def at_odd_address(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy of x one byte behind where its dtype may lie, as of a file that was read whole."""
+    raw = bytearray(x.numel() * x.element_size() + 64)
+    start = -torch.frombuffer(raw, dtype=torch.uint8).data_ptr() % 64 + 1
+    odd = torch.frombuffer(raw, dtype=x.dtype, count=x.numel(), offset=start).view(x.shape)
+    assert odd.data_ptr() % 2
+    return odd.copy_(x)
+
+
+def assert_close_to_truth(op: str, inputs: Inputs, truth=None, tolerance: float | None = None, grads=None) -> None:
     """The public function's results and all gradients, against the float64 definition."""
     dtype = next(iter(inputs.values())).dtype
-    errors = relative_errors(results_and_gradients(call_public, op, inputs), truth or truth_of(op, inputs))
+    errors = relative_errors(results_and_gradients(call_public, op, inputs, grads), truth or truth_of(op, inputs))
     bad = {k: e for k, e in errors.items() if not e <= (tolerance or TOLERANCE[dtype])}
     assert not bad, f"{op}: relative errors {bad}"

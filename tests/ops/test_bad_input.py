@@ -202,3 +202,29 @@ def test_errors_come_before_anything_is_written(op):
     with pytest.raises(TypeError):
         getattr(ops, op)(**(inputs | {TENSORS[op][-1]: "bias"}))
     assert all(torch.equal(x, before[k]) for k, x in inputs.items() if isinstance(x, torch.Tensor))
+
+
+@pytest.mark.parametrize("op", list(SHAPES))
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        ("sparse_coo", torch.Tensor.to_sparse),
+        ("sparse_csr", lambda x: x.flatten(1).to_sparse_csr()),
+        ("_mkldnn", torch.Tensor.to_mkldnn),
+        ("nested", lambda x: torch.nested.nested_tensor(list(x))),
+        ("nested", lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_only_dense_tensors(op, kind, make):
+    inputs = MAKERS[op](**SHAPES[op])
+    for name in list(inputs)[:2]:
+        with pytest.raises(TypeError, match=f"{op}: {name} is a {kind} tensor; .*to_dense"):
+            getattr(ops, op)(**inputs | {name: make(inputs[name])})
+
+
+def test_only_dense_floating_tensors_are_written_over():
+    from ssmamba_models.ops.depthwise import depthwise3x3_
+
+    with torch.no_grad(), pytest.raises(TypeError, match="depthwise3x3_: weight has dtype"):
+        depthwise3x3_(torch.zeros(1, 2, 2, 3), torch.zeros(3, 1, 3, 3).long(), torch.zeros(3))

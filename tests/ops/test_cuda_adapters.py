@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from scan_cases import MAKERS, at_odd_address, call_public, output_grads, results_and_gradients
 
 from ssmamba_models import ops
 from ssmamba_models.ops import cuda, dispatch, naive
@@ -19,6 +20,7 @@ class ScanStandIn:
         self.calls = []
 
     def _check(self, u, delta, A, B, C, D, z, delta_bias):
+        assert all(x is None or x.data_ptr() % x.element_size() == 0 for x in (u, delta, A, B, C, D, z, delta_bias))
         for x in (u, delta, B, C, *([] if z is None else [z])):
             assert x.stride(-1) == 1
             assert x.dtype == u.dtype
@@ -42,6 +44,7 @@ class ScanStandIn:
         self.calls.append("bwd")
         self._check(u, delta, A, B, C, D, z, delta_bias)
         assert dout.stride(-1) == 1
+        assert dout.data_ptr() % dout.element_size() == 0
         assert (out is None) == (z is None)
         assert dz is None
         assert recompute_out_z is False
@@ -61,6 +64,7 @@ class ConvStandIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, silu):
         assert x.stride(2) == 1
+        assert all(t is None or t.data_ptr() % t.element_size() == 0 for t in (x, weight, bias))
         ConvStandIn.calls.append("forward")
         ctx.save_for_backward(x, weight, bias)
         ctx.silu = silu
@@ -197,6 +201,18 @@ def test_limits_are_checked_before_the_call(scan):
     with pytest.raises(ValueError, match="up to 65535 channels"):
         ops.causal_conv1d(many, torch.zeros(65536, 2))
     assert scan.calls == []
+
+
+@pytest.mark.parametrize("op", ["directional_scan", "selective_scan", "causal_conv1d"])
+def test_tensors_at_odd_addresses(scan, op):
+    """A GPU faults where it reads them, so the stand-ins refuse them."""
+    inputs = MAKERS[op](**{"height": 2} if op == "directional_scan" else {}, **{
+        "width" if op == "directional_scan" else "length": 3})  # fmt: skip
+    want = results_and_gradients(call_public, op, inputs)
+    odd = {k: at_odd_address(x) if isinstance(x, torch.Tensor) else x for k, x in inputs.items()}
+    grads = [at_odd_address(g) for g in output_grads(call_public(op, inputs))]
+    for name, x in results_and_gradients(call_public, op, odd, grads).items():
+        torch.testing.assert_close(x, want[name])
 
 
 def test_one_extension_alone_serves_its_operator(scan, monkeypatch):

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from scan_cases import MAKERS, assert_close_to_truth
 
 from ssmamba_models import backends, ops
+from ssmamba_models.notice import SSMambaWarning
 from ssmamba_models.ops import dispatch
 from ssmamba_models.ops.cpu import library
 
@@ -110,6 +112,31 @@ def test_without_kernels_torch_computes_and_says_so_once(no_kernels):
     assert "they were not built" in ours[0]
     assert "install a C compiler" in ours[0]
     assert "ssmamba doctor" in ours[0]
+
+
+def test_each_gpu_of_a_machine_is_asked(monkeypatch, without_memory):
+    """Beside a GPU that triton supports there may be one that it does not."""
+    from ssmamba_models.ops.triton import backend as triton_backend
+
+    pytest.importorskip("triton")
+    monkeypatch.delenv("SSMAMBA_BACKEND", raising=False)
+    capability = {"cuda:0": (9, 0), "cuda:1": (6, 1)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[str(device)])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(triton_backend.shutil, "which", lambda name: name)
+    on = lambda i: SimpleNamespace(device=torch.device("cuda", i), dtype=torch.float32)  # noqa: E731
+    for order in ((0, 1), (1, 0)):
+        dispatch._missing.cache_clear()
+        dispatch._choose.cache_clear()
+        dispatch._said.clear()
+        dispatch._warn_of_missing.cache_clear()
+        for i in order:
+            if i == 0:
+                assert dispatch.select("selective_scan", on(0)) is triton_backend
+            else:
+                with pytest.warns(SSMambaWarning, match=r"cuda:1 .*GPU 1 is older than triton supports"):
+                    assert dispatch.select("selective_scan", on(1)) is not triton_backend
 
 
 def test_without_kernels_the_report_names_reason_and_cure(no_kernels):

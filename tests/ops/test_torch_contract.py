@@ -12,15 +12,19 @@ from scan_cases import (
     MAKERS,
     TOLERANCE,
     assert_close_to_truth,
+    at_odd_address,
     call_public,
     call_reference,
     output_grads,
     results_and_gradients,
 )
+from ssmamba_models.ops.bias_gelu import bias_gelu_
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssmamba_models import ops
+from ssmamba_models.ops.cpu import backend as c_backend
+from ssmamba_models.ops.depthwise import depthwise3x3_
 
 SMALL = {
     "directional_scan": {"height": 3, "width": 4, "channels": 6, "states": 2, "hold": True},
@@ -397,6 +401,57 @@ def test_any_memory_layout(op, layout, wide, fast_backend):
     found = results_and_gradients(call_public, op, moved, grads)
     for name in want:
         torch.testing.assert_close(found[name], want[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_tensors_at_odd_addresses(op, dtype, fast_backend, monkeypatch):
+    """What a kernel in C must not read is copied first: operands, mask and gradients; also slices of such a tensor."""
+    inputs = MAKERS[op](**SMALL[op], dtype=dtype)
+    grads = output_grads(call_public(op, inputs))
+    want = results_and_gradients(call_public, op, inputs, grads)
+    odd = {k: at_odd_address(x) if isinstance(x, torch.Tensor) else x for k, x in inputs.items()}
+    if op == "directional_scan":
+        odd["u"] = at_odd_address(torch.cat([inputs["u"]] * 2, -1))[..., : inputs["u"].shape[-1]]
+    if fast_backend == "c":
+        refuse_odd_addresses(monkeypatch)
+    found = results_and_gradients(call_public, op, odd, [at_odd_address(g) for g in grads])
+    for name, x in want.items():
+        torch.testing.assert_close(found[name], x, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def refuse_odd_addresses(monkeypatch):
+    """Have the C backend fail where it hands on an address that is no multiple of 2, or of 4 for float32 tensors."""
+    run = c_backend._call
+
+    def checked(function, args, *rest):
+        narrow = getattr(args, "dtype", 0) != 0
+        for name, _ in args._fields_:
+            value = getattr(args, name)
+            address = value.data if isinstance(value, c_backend.View) else value
+            is_address = isinstance(value, c_backend.View) or dict(args._fields_)[name] is c_backend.ptr
+            if is_address and name != "hold":
+                assert (address or 0) % (2 if narrow else 4) == 0, name
+        run(function, args, *rest)
+
+    monkeypatch.setattr(c_backend, "_call", checked)
+
+
+@pytest.mark.parametrize("where", ["x", "others"])
+def test_operators_in_place_at_odd_addresses(where, monkeypatch):
+    """The result is written back to where the caller's tensor lies."""
+    refuse_odd_addresses(monkeypatch)
+    place = lambda x, name: at_odd_address(x) if (name == "x") == (where == "x") else x.clone()  # noqa: E731
+    with torch.no_grad():
+        x, bias = torch.randn(5, 19), torch.randn(19)
+        given = place(x, "x")
+        assert bias_gelu_(given, place(bias, "bias")) is given
+        torch.testing.assert_close(given, torch.nn.functional.gelu(x + bias))
+        x, weight = torch.randn(2, 3, 4, 19), torch.randn(19, 1, 3, 3)
+        given = place(x, "x")
+        assert depthwise3x3_(given, place(weight, "weight"), place(bias, "bias")) is given
+        want = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=19)
+        torch.testing.assert_close(given, want.permute(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("shape", [(5, 1), (1, 5), (1, 1)])

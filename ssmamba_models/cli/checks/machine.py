@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -9,7 +10,8 @@ from pathlib import Path
 
 from ssmamba_models.cli.checks.finding import Finding
 from ssmamba_models.cli.checks.probe import Probe
-from ssmamba_models.cores import count_cores
+from ssmamba_models.cores import count_cores, cpu_quota
+from ssmamba_models.threads import WAITING
 
 _SUBJECT = "machine"
 # A batch of 32 tiles of 224 px takes 19 MB, and each worker holds two.
@@ -32,7 +34,8 @@ attempt("torch", torch_facts)
 
 def check_machine(probe: Probe) -> list[Finding]:
     """Describe the machine, with what `TORCH_FACTS` found."""
-    processor = f"{_processor()}, {count_cores()} of {os.cpu_count()} cores usable"
+    quota = "" if math.isinf(cpu_quota()) else f" (CPU quota {cpu_quota():g})"
+    processor = f"{_processor()}, {count_cores()} of {os.cpu_count()} cores usable{quota}"
     findings = [
         Finding(_SUBJECT, "system", "ok", platform.platform()),
         Finding(_SUBJECT, "processor", "ok", processor),
@@ -59,7 +62,8 @@ def _threads(facts: dict) -> Finding:
     if threads > cores:
         text = f"torch uses {threads} threads on {cores} cores"
         return Finding(_SUBJECT, "threads", "warning", text, f"export OMP_NUM_THREADS={cores}")
-    return Finding(_SUBJECT, "threads", "ok", f"torch uses {threads}")
+    waiting = ", ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ)
+    return Finding(_SUBJECT, "threads", "ok", f"torch uses {threads}" + (f" ({waiting})" if waiting else ""))
 
 
 def _shared_memory() -> list[Finding]:

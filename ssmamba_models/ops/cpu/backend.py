@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmamba_models.ops.alignment import aligned
 from ssmamba_models.ops.cpu import library
 from ssmamba_models.ops.cpu.threads import run_tasks
 
@@ -20,7 +21,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 i64, ptr = ctypes.c_int64, ctypes.c_void_p
 
 
-def why_missing() -> tuple[str, str]:
+def why_missing(device: torch.device | None = None) -> tuple[str, str]:
     """("", "") if the kernels can be used, else the reason and the cure."""
     _, reason = library.open_library()
     return (reason, library.CURE) if reason else ("", "")
@@ -68,18 +69,17 @@ class ConvArgs(ctypes.Structure):
     )
 
 
-class BiasGeluArgs(ctypes.Structure):
-    """The struct of that name in activation.c."""
-
-    _fields_ = (*((name, i64) for name in ("rows", "width")), *((name, ptr) for name in ("x", "bias")))
-
-
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def _dense(x: Tensor) -> Tensor:
+    """x itself if its elements lie side by side and where C may read them, else a copy."""
+    return aligned(x.contiguous())
+
+
 def _float(x: Tensor | None) -> Any:
-    return None if x is None else x.float().contiguous()
+    return None if x is None else _dense(x.float())
 
 
 def _output(x: Tensor) -> Tensor:
@@ -97,12 +97,12 @@ def _pixelwise(x: Tensor) -> Tensor:
     inner = 1
     for size, stride in zip(reversed(x.shape[3:]), reversed(x.stride()[3:])):
         if size > 1 and stride != inner:
-            return x.contiguous()
+            return _dense(x)
         inner *= size
     height, width = x.shape[1:3]
     if height > 1 and width > 1 and x.stride(1) != width * x.stride(2):
-        return x.contiguous()
-    return x
+        return _dense(x)
+    return aligned(x)
 
 
 def _pixel_stride(x: Tensor) -> int:
@@ -139,7 +139,7 @@ def _directional(
     u, delta = _pixelwise(u), _pixelwise(delta)
     B, C = _pixelwise(B.float()), _pixelwise(C.float())
     if _pixel_stride(B) != _pixel_stride(C):  # one pixel stride serves both
-        B, C = B.contiguous(), C.contiguous()
+        B, C = _dense(B), _dense(C)
     A, D, bias = _float(A), _float(D), _float(delta_bias)
     hold = None if hold is None else hold.contiguous()
     args = DirectionalArgs(batch, height, width, channels, A.shape[2], DTYPES[u.dtype])
@@ -210,8 +210,8 @@ def _selective(
     delta_softplus: bool,
 ) -> tuple[SelectiveArgs, list[Tensor | None]]:
     batch, channels, length = u.shape
-    u, delta = u.contiguous(), delta.contiguous()
-    z = None if z is None else z.contiguous()
+    u, delta = _dense(u), _dense(delta)
+    z = None if z is None else _dense(z)
     A, B, C, D, bias = (_float(x) for x in (A, B, C, D, delta_bias))
     args = SelectiveArgs(batch, channels, length, A.shape[1], B.shape[1], DTYPES[u.dtype], int(delta_softplus))
     for name, x in zip(("u", "delta", "z", "A", "B", "C", "D", "bias"), (u, delta, z, A, B, C, D, bias)):
@@ -259,7 +259,7 @@ def selective_scan_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias; those of A, B, C, D and delta_bias in float32."""
     args, keep = _selective(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    grad, grad_state = grad.contiguous(), _float(grad_state)
+    grad, grad_state = _dense(grad), _float(grad_state)
     args.grad, args.grad_state = grad.data_ptr(), _address(grad_state)
     blocks = _selective_blocks(args)
     du, ddelta, dz = (_output(u) for _ in range(3))
@@ -278,7 +278,7 @@ def selective_scan_backward(
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[ConvArgs, list[Tensor | None]]:
-    x, weight, bias = x.contiguous(), _float(weight), _float(bias)
+    x, weight, bias = _dense(x), _float(weight), _float(bias)
     args = ConvArgs(*x.shape, weight.shape[1], DTYPES[x.dtype], int(silu))
     args.x, args.weight, args.bias = x.data_ptr(), weight.data_ptr(), _address(bias)
     return args, [x, weight, bias]
@@ -299,21 +299,10 @@ def causal_conv1d_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, the latter two in float32."""
     args, keep = _conv(x, weight, bias, silu)
-    grad = grad.contiguous()
+    grad = _dense(grad)
     dx = _output(x)
     dweight, dbias = _buffer(args.batch, args.channels, args.taps), _buffer(args.batch, args.channels)
     args.grad, args.dx, args.dweight, args.dbias = (t.data_ptr() for t in (grad, dx, dweight, dbias))
     _call("ssmamba_conv_backward", args, args.batch * args.channels, 1.0 * x.numel())
     del keep
     return dx, dweight.sum(0), dbias.sum(0)
-
-
-# ---- bias_gelu_ ----
-
-
-def bias_gelu_(x: Tensor, bias: Tensor) -> None:
-    """See :func:`ssmamba_models.ops.bias_gelu.bias_gelu_`; x (M, N) float32, contiguous."""
-    bias = bias.contiguous()
-    args = BiasGeluArgs(*x.shape, x.data_ptr(), bias.data_ptr())
-    _call("ssmamba_bias_gelu", args, args.rows, 1.0 * x.numel())
-    del bias

@@ -18,7 +18,6 @@ FUNCTIONS = (
     "ssmamba_selective_backward",
     "ssmamba_conv_forward",
     "ssmamba_conv_backward",
-    "ssmamba_bias_gelu",
     "ssmamba_depthwise_forward",
     "ssmamba_depthwise_backward",
     "ssmamba_norm_forward",
@@ -39,14 +38,23 @@ def open_library() -> tuple[ctypes.CDLL | None, str]:
     if spec is None or not spec.origin or not os.path.isfile(spec.origin):
         return None, "the C kernels were not built when the package was installed"
     try:
-        library = ctypes.CDLL(spec.origin)
-        for name in FUNCTIONS:
-            function = getattr(library, name)
-            function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-            function.restype = ctypes.c_int64 if name.startswith("ssmamba_plan") else ctypes.c_int
-        team = library.ssmamba_team_run
-        team.argtypes = (*(ctypes.c_void_p,) * 3, ctypes.c_uint, *(ctypes.c_void_p,) * 2, ctypes.c_int64)
-        team.restype = ctypes.c_int
+        return load(spec.origin), ""
     except (OSError, AttributeError) as error:
         return None, f"the C kernels could not be loaded ({error})"
-    return library, ""
+
+
+def load(path: str) -> ctypes.CDLL:
+    """The library in a file.
+
+    Raises:
+        OSError, AttributeError: it does not load, or lacks a function.
+    """
+    library = ctypes.CDLL(path)
+    for name in FUNCTIONS:
+        function = getattr(library, name)
+        function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        function.restype = ctypes.c_int64 if name.startswith("ssmamba_plan") else ctypes.c_int
+    team = library.ssmamba_team_run
+    team.argtypes = (ctypes.c_void_p, ctypes.c_uint, *(ctypes.c_void_p,) * 2, *(ctypes.c_int64,) * 2)
+    team.restype = ctypes.c_int
+    return library

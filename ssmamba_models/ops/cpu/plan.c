@@ -237,7 +237,8 @@ static void find_group_sizes(Sizes *s, const Run *run, int64_t images) {
   const int64_t tokens = s->group[0] * stem_height * stem_width;
   grow(&s->inner, (size_t)(tokens * dim) * element(run->map_dtype));
   const int64_t rows = most_rows(s, network->conv1.k, (size_t)dim * 4);
-  grow(&s->scratch, left_bytes(s, rows, network->conv1.k) + tile_bytes(s) + aligned((size_t)(rows * dim) * 4));
+  grow(&s->scratch, left_bytes(s, rows, network->conv1.k) + tile_bytes(s) + aligned((size_t)(rows * dim) * 4) +
+                        aligned((size_t)(network->conv1.k + 16) * 4));
   for (int64_t i = 0; i < run->stages; i++) find_stage_scratch(s, run, i);
 }
 

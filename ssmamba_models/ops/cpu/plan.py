@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmamba_models.ops.alignment import aligned
 from ssmamba_models.ops.cpu import library
 from ssmamba_models.ops.cpu.threads import run_tasks
 
@@ -168,13 +169,14 @@ class Packer:
         self.kept.append(x)
         return x.data_ptr()
 
-    def array(self, kind: type, items: Sequence[ctypes.Structure]) -> Any:
+    def array(self, kind: Any, items: Sequence[ctypes.Structure]) -> Any:
         array = (kind * max(1, len(items)))(*items)
         self.kept.append(array)
         return ctypes.cast(array, ctypes.POINTER(kind))
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None, norm: Tensor | None = None,
-               norm_bias: Tensor | None = None) -> Linear:
+    def linear(
+        self, weight: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, norm_bias: Tensor | None = None
+    ) -> Linear:
         """Pack `weight` (n, k) and `bias` (n,). A layer norm's weight and bias (k,) before it are folded into both."""
         weight = weight.detach().double()
         n, k = weight.shape
@@ -220,7 +222,11 @@ class Packer:
         x_bias[rank : rank + directions * states] = parameters["B_bias"].detach().double().flatten()
         dt_proj = _padded(parameters["dt_proj.weight"].detach().float().t())
         return Scan(
-            scale, offset, width, rank, states,
+            scale,
+            offset,
+            width,
+            rank,
+            states,
             self.linear(parameters["x_proj.weight"], x_bias),
             self.keep(dt_proj),
             self.keep(-torch.exp(parameters["A_log"].detach().float())),
@@ -257,6 +263,7 @@ def run_network(
     Returns:
         Maps (B, h, w, dim) float32, in the order of `wanted`.
     """
+    images = aligned(images)
     batch, _, height, width = images.shape
     maps = []
     run = _Run(ctypes.pointer(network), batch, height, width, images.data_ptr())

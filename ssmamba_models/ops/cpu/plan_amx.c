@@ -48,7 +48,14 @@ static const struct {
 } CONFIG __attribute__((aligned(64))) = {
     1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-TILE void tiles_begin(void) { _tile_loadconfig(&CONFIG); }
+/* The instructions' intrinsics do not tell compilers that they read and write memory. */
+#define MEMORY_BARRIER __asm__ volatile("" ::: "memory")
+
+TILE void tiles_begin(void) {
+  MEMORY_BARRIER;
+  _tile_loadconfig(&CONFIG);
+}
+
 TILE void tiles_end(void) { _tile_release(); }
 
 TILE void tile_zero_all(void) {
@@ -74,6 +81,7 @@ TILE void tile_store_all(float *out, size_t row_bytes) {
   _tile_stored(1, (char *)out + 64, row_bytes);
   _tile_stored(2, (char *)out + 16 * row_bytes, row_bytes);
   _tile_stored(3, (char *)out + 16 * row_bytes + 64, row_bytes);
+  MEMORY_BARRIER;
 }
 #endif
 

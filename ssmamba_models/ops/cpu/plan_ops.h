@@ -579,30 +579,37 @@ static void downsample(const void *args, Worker *worker, int64_t task) {
   for (int64_t row = 0; row < rows; row++) normalise_affine(data + row * n, n, &p->norm);
 }
 
+/* The 3x3 patch of every channel around a pixel, zeros beyond the image. */
+INLINE void copy_patch(float *patch, const StemArgs *p, const float *image, int64_t top, int64_t left) {
+  const int64_t *strides = p->strides;
+  const int inside = top >= 0 && top + 3 <= p->height && left >= 0 && left + 3 <= p->width;
+  for (int64_t channel = 0; channel < p->channels; channel++, patch += TAPS) {
+    const float *from = image + channel * strides[1] + top * strides[2] + left * strides[3];
+    for (int i = 0; i < 3; i++, from += strides[2])
+      for (int j = 0; j < 3; j++)
+        patch[3 * i + j] = inside || (top + i >= 0 && top + i < p->height && left + j >= 0 && left + j < p->width)
+                               ? from[j * strides[3]]
+                               : 0.0f;
+  }
+}
+
 static void stem(const void *args, Worker *worker, int64_t task) {
   const StemArgs *p = args;
-  const int64_t height = (p->height + 1) / 2, width = (p->width + 1) / 2, n = p->w.n;
+  const int64_t height = (p->height + 1) / 2, width = (p->width + 1) / 2, n = p->w.n, k = p->w.k;
   const int64_t first = task * p->rows, rows = min64(p->rows, p->batch * height * width - first);
   const int dtype = (int)p->dtype;
   Arena arena = {worker->scratch, 0};
-  const Left a = take_left(&arena, p->rows, p->w.k);
+  const Left a = take_left(&arena, p->rows, k);
   float *c = arena_take(&arena, MR * PANEL * sizeof(float)), *y = arena_take(&arena, (size_t)(p->rows * n) * sizeof(float));
+  float *patch = arena_take(&arena, (size_t)up_to(k, LANES) * sizeof(float));
   for (int64_t row = 0; row < rows; row++) {
     const int64_t token = first + row;
-    const int64_t top = token / width % height * 2 - 1, left = token % width * 2 - 1;
     const float *image = p->x + token / (height * width) * p->strides[0];
-    float taps[TAPS];
-    for (int64_t channel = 0; channel < p->channels; channel++) {
-      for (int tap = 0; tap < TAPS; tap++) {
-        const int64_t i = top + tap / 3, j = left + tap % 3;
-        const int inside = i >= 0 && i < p->height && j >= 0 && j < p->width;
-        taps[tap] = inside ? image[channel * p->strides[1] + i * p->strides[2] + j * p->strides[3]] : 0.0f;
-      }
-      put_part(&a, row, channel * TAPS, taps, TAPS);
-    }
-    put_padding(&a, row, p->w.k);
+    copy_patch(patch, p, image, token / width % height * 2 - 1, token % width * 2 - 1);
+    for (int64_t j = 0; j < k; j += LANES) put_part(&a, row, j, patch + j, (int)min64(LANES, k - j));
+    put_padding(&a, row, k);
   }
-  put_no_rows(&a, rows, p->w.k);
+  put_no_rows(&a, rows, k);
   const Out out = {.data = y, .pitch = n, .n = n, .dtype = F32, .bias = p->w.bias};
   multiply_all(&a, rows, &p->w, TO_MAP, &out, c);
   for (int64_t row = 0; row < rows; row++) {

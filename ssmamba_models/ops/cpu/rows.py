@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ssmamba_models.ops.cpu.backend import DTYPES, LANES, _address, _buffer, _call, _float, _output, i64, ptr
+from ssmamba_models.ops.cpu.backend import DTYPES, LANES, _address, _buffer, _call, _dense, _float, _output, i64, ptr
 
 BLOCK = 32  # rows of a task: their partial sums are few, and there are enough tasks for all threads
 LARGEST_GROUP = 4 * LANES
@@ -49,7 +49,7 @@ def _depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, residual: bool
 ) -> tuple[DepthwiseArgs, int, list[Tensor | None]]:
     """The struct with its inputs filled in, the number of tasks, and the tensors that must outlive it."""
-    x, weight, bias = x.contiguous(), _float(weight), _float(bias)
+    x, weight, bias = _dense(x), _float(weight), _float(bias)
     batch, channels = x.shape[0], x.shape[3]
     # Wide groups read memory in longer runs; narrow ones make enough tasks of a small batch for all threads. No sum
     # runs across channels, so results do not depend on it.
@@ -75,7 +75,7 @@ def depthwise3x3_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, the latter two in float32."""
     args, tasks, keep = _depthwise(x, weight, bias, silu, residual)
-    grad, dx = grad.contiguous(), _output(x)
+    grad, dx = _dense(grad), _output(x)
     dweight, dbias = _buffer(args.batch, args.channels, 9), _buffer(args.batch, args.channels)
     args.grad, args.dx, args.dweight, args.dbias = (t.data_ptr() for t in (grad, dx, dweight, dbias))
     _call("ssmamba_depthwise_backward", args, tasks, 6.0 * x.numel())

@@ -4,29 +4,32 @@
 
 typedef int (*Kernel)(const void *args, int64_t begin, int64_t end);
 typedef void (*Parallel)(void (*worker)(void *), void *data, unsigned threads, unsigned flags); /* GOMP_parallel */
-typedef int (*Query)(void); /* omp_get_thread_num, omp_get_num_threads */
 
 typedef struct {
-  Query thread_number, team_size;
   Kernel kernel;
   const void *args;
-  int64_t tasks;
-  int failed;
+  int64_t tasks, chunk;
+  int64_t next; /* the first task that nobody has taken; atomic */
+  int failed;   /* atomic */
 } Job;
 
-/* One thread's share. The runtime may give fewer threads than asked for, so shares follow the team's real size. */
+/* What each thread does: take chunks until none is left. A thread that the system lets wait holds up one chunk, not a
+ * whole share, and it does not matter how many threads the runtime gives. Which thread computes a task changes nothing
+ * in its result. */
 static void work(void *data) {
   Job *job = data;
-  const int64_t i = job->thread_number(), n = job->team_size();
-  const int64_t begin = job->tasks * i / n, end = job->tasks * (i + 1) / n;
-  /* Every thread that fails writes the same value. */
-  if (begin < end && job->kernel(job->args, begin, end)) job->failed = -1;
+  int64_t begin;
+  while ((begin = __atomic_fetch_add(&job->next, job->chunk, __ATOMIC_RELAXED)) < job->tasks) {
+    const int64_t left = job->tasks - begin;
+    if (job->kernel(job->args, begin, begin + (left < job->chunk ? left : job->chunk)))
+      __atomic_store_n(&job->failed, -1, __ATOMIC_RELAXED);
+  }
 }
 
-/* Tasks [0, tasks). Returns 0, or -1 if a share failed. */
-int ssmamba_team_run(Parallel parallel, Query thread_number, Query team_size, unsigned threads, Kernel kernel,
-                     const void *args, int64_t tasks) {
-  Job job = {.thread_number = thread_number, .team_size = team_size, .kernel = kernel, .args = args, .tasks = tasks};
+/* Tasks [0, tasks), `chunk` at a time. Returns 0, or -1 if one failed. */
+int ssmamba_team_run(Parallel parallel, unsigned threads, Kernel kernel, const void *args, int64_t tasks,
+                     int64_t chunk) {
+  Job job = {.kernel = kernel, .args = args, .tasks = tasks, .chunk = chunk};
   parallel(work, &job, threads, 0);
   return job.failed;
 }

@@ -16,6 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+# Chunks of work for each thread: a few more calls of a kernel against less waiting for the last one.
+_CHUNKS = 8
+
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
@@ -42,11 +45,11 @@ def _executor(size: int) -> ThreadPoolExecutor:
 
 
 @functools.cache
-def _openmp() -> tuple[int | None, ...] | None:
-    """Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads in torch's OpenMP runtime, or None.
+def _openmp() -> int | None:
+    """Address of GOMP_parallel in torch's OpenMP runtime, or None.
 
-    GNU's runtime has these, and so have LLVM's and Intel's. Only the copy that lies in torch's own folder will do:
-    other packages bring other copies, with other threads.
+    GNU's runtime has it, and so have LLVM's and Intel's. Only the copy that lies in torch's own folder will do: other
+    packages bring other copies, with other threads.
     """
     # As the system names files: without links.
     folder = os.path.realpath(os.path.join(os.path.dirname(torch.__file__), "lib"))
@@ -56,9 +59,7 @@ def _openmp() -> tuple[int | None, ...] | None:
         inside = sorted(
             path for path in paths if os.path.dirname(path) == folder and "omp" in os.path.basename(path)
         )
-        runtime = ctypes.CDLL(inside[0])
-        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-        return tuple(ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value for name in names)
+        return ctypes.cast(ctypes.CDLL(inside[0]).GOMP_parallel, ctypes.c_void_p).value
     except (OSError, IndexError, AttributeError):
         return None
 
@@ -76,19 +77,29 @@ def run_tasks(library: ctypes.CDLL, function: str, arguments_address: int, tasks
     threads = torch.get_num_threads()
     if threads == 1 or tasks == 1 or cost < 40_000:
         failed = kernel(arguments_address, 0, tasks)
-    elif not _forked and (runtime := _openmp()) is not None:
-        address = ctypes.cast(kernel, ctypes.c_void_p)
-        failed = library.ssmamba_team_run(*runtime, threads, address, arguments_address, tasks)
     else:
-        failed = _run_on_pool(kernel, arguments_address, tasks, min(threads, tasks))
+        # A thread that another process keeps from its core holds up one chunk of the work, not a whole share.
+        chunk = -(-tasks // (_CHUNKS * threads))
+        if not _forked and (parallel := _openmp()) is not None:
+            address = ctypes.cast(kernel, ctypes.c_void_p)
+            failed = library.ssmamba_team_run(parallel, threads, address, arguments_address, tasks, chunk)
+        else:
+            failed = _run_on_pool(kernel, arguments_address, tasks, chunk, min(threads, tasks))
     if failed:
         raise MemoryError("the C scan kernels could not allocate their scratch memory: use smaller images or batches")
 
 
-def _run_on_pool(kernel: Callable[..., int], arguments_address: int, tasks: int, threads: int) -> int:
-    edges = [tasks * i // threads for i in range(threads + 1)]
-    pool = _executor(threads - 1)
-    futures = [pool.submit(kernel, arguments_address, *edges[i : i + 2]) for i in range(1, threads)]
-    codes = [kernel(arguments_address, edges[0], edges[1])]
-    codes += [future.result() for future in futures]
+def _run_on_pool(kernel: Callable[..., int], arguments_address: int, tasks: int, chunk: int, threads: int) -> int:
+    starts = iter(range(0, tasks, chunk))
+
+    def work() -> int:
+        failed = 0
+        for start in starts:
+            failed |= kernel(arguments_address, start, min(start + chunk, tasks))
+        return failed
+
+    futures = [_executor(threads - 1).submit(work) for _ in range(threads - 1)]
+    codes = [work()]
+    # All chunks are taken: a thread that has not begun by now need not begin.
+    codes += [future.result() for future in futures if not future.cancel()]
     return int(any(codes))

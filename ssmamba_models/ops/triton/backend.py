@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 
@@ -14,13 +13,12 @@ OLDEST_TRITON = (3, 3)  # the first with tuples of tensors as loop variables
 OLDEST_GPU = (7, 0)
 
 
-@functools.cache
-def why_missing() -> tuple[str, str]:
-    """("", "") if kernels can run here, else the reason and the cure."""
+def why_missing(device: torch.device | None = None) -> tuple[str, str]:
+    """("", "") if kernels can run on this device, the current one by default, else the reason and the cure."""
     if not torch.cuda.is_available():
         return "there is no CUDA or ROCm device", "use a machine with a GPU and a torch build for it"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST_GPU:
-        name = torch.cuda.get_device_name()
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_GPU:
+        name = torch.cuda.get_device_name(device)
         return f"{name} is older than triton supports", "use a GPU of compute capability 7.0 or newer"
     try:
         import triton

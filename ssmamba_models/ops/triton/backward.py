@@ -35,6 +35,7 @@ from ssmamba_models.ops.triton.tiles import (
     step_sizes,
     store_steps,
     total,
+    widen,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -66,6 +67,10 @@ def backward_summary_kernel(
     FAST: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Per chunk and direction: the sum of its step sizes, the state at its end, and w at its first step, from zeros."""
+    u_step, d_step, b_step = widen(u_step, WIDE), widen(d_step, WIDE), widen(b_step, WIDE)
+    b_row, b_state = widen(b_row, WIDE), widen(b_state, WIDE)
+    hold_line, hold_step = widen(hold_line, WIDE), widen(hold_step, WIDE)
+    y_step, z_step = widen(y_step, WIDE), widen(z_step, WIDE)
     image, group, block, _tile, chunk, line, start = place(batch, groups, group_channels, lines, length, M, DB, T)
     channel, exists = channels_of(group, block, group_channels, DB)
     channels, chunks = groups * group_channels, lines * tl.cdiv(length, T)
@@ -206,6 +211,11 @@ def gradient_kernel(
     channel block. dA (tiles, batch, SIDES, N, channels), dbias (tiles, batch, SIDES, channels) and dD (tiles, batch,
     channels) are partial sums.
     """
+    u_step, d_step, b_step = widen(u_step, WIDE), widen(d_step, WIDE), widen(b_step, WIDE)
+    b_row, b_state = widen(b_row, WIDE), widen(b_state, WIDE)
+    hold_line, hold_step = widen(hold_line, WIDE), widen(hold_step, WIDE)
+    y_step, z_step = widen(y_step, WIDE), widen(z_step, WIDE)
+    e_step, e_row, e_state = widen(e_step, WIDE), widen(e_row, WIDE), widen(e_state, WIDE)
     image, group, block, tile, chunk, line, start = place(batch, groups, group_channels, lines, length, M, DB, T)
     channel, exists = channels_of(group, block, group_channels, DB)
     channels, chunks = groups * group_channels, lines * tl.cdiv(length, T)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ssmamba_models.ops.alignment import aligned, all_aligned
 from ssmamba_models.ops.triton.conv1d import conv_backward_kernel, conv_kernel
 from ssmamba_models.ops.triton.launch import launch
 
@@ -24,6 +25,7 @@ def _arguments(
     x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
 ) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """Programs, arguments and constants of either kernel."""
+    x, weight, bias = all_aligned(x, weight, bias)
     batch, channels, length = x.shape
     block, steps = _tiles(length)
     programs = batch * -(-channels // block) * -(-length // steps)
@@ -54,6 +56,6 @@ def causal_conv1d_backward(grad, x, weight, bias, silu) -> tuple[Tensor, Tensor,
     parts = x.shape[0] * -(-x.shape[2] // constants["LB"])
     dx = x.new_empty(x.shape)
     dweight, dbias = weight.new_empty(parts, *weight.shape), weight.new_empty(parts, weight.shape[0])
-    outputs = {"grad_ptr": grad.contiguous(), "dx_ptr": dx, "dweight_ptr": dweight, "dbias_ptr": dbias}
+    outputs = {"grad_ptr": aligned(grad.contiguous()), "dx_ptr": dx, "dweight_ptr": dweight, "dbias_ptr": dbias}
     launch(conv_backward_kernel, programs, {**arguments, **outputs}, constants)
     return dx, dweight.sum(0), dbias.sum(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssmamba_models.ops.alignment import aligned, all_aligned
 from ssmamba_models.ops.triton.launch import (
     Gradients,
     Scan,
@@ -20,6 +21,7 @@ from ssmamba_models.ops.triton.walk import Walk
 
 def _scans(u, delta, A, B, C, D, delta_bias, hold, backward: bool) -> list[Scan]:
     """The launches along rows and along columns; D u belongs to the first."""
+    u, delta, A, B, C, D, delta_bias = all_aligned(u, delta, A, B, C, D, delta_bias)
     if B.stride() != C.stride():
         B, C = B.contiguous(), C.contiguous()
     A, bias = A.contiguous(), None if delta_bias is None else delta_bias.contiguous()
@@ -54,7 +56,7 @@ def directional_scan(u, delta, A, B, C, D, delta_bias, hold) -> Tensor:
 def directional_scan_backward(grad, u, delta, A, B, C, D, delta_bias, hold) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D and delta_bias; those of A, D, delta_bias, B and C in float32."""
     scans = _scans(u, delta, A, B, C, D, delta_bias, hold, True)
-    grad = grad.contiguous()
+    grad = aligned(grad.contiguous())
     summaries = Summaries.empty(scans, True)
     for scan in scans:
         summarise_backward(scan, grad, summaries)

@@ -27,6 +27,7 @@ from ssmamba_models.ops.triton.tiles import (
     step_sizes,
     store_steps,
     total,
+    widen,
 )
 
 
@@ -95,6 +96,9 @@ def summary_kernel(
     FAST: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Per chunk and direction: the sum of its step sizes, and the state at its end when it starts from zero."""
+    u_step, d_step, b_step = widen(u_step, WIDE), widen(d_step, WIDE), widen(b_step, WIDE)
+    b_row, b_state = widen(b_row, WIDE), widen(b_state, WIDE)
+    hold_line, hold_step = widen(hold_line, WIDE), widen(hold_step, WIDE)
     image, group, block, _tile, chunk, line, start = place(batch, groups, group_channels, lines, length, M, DB, T)
     channel, exists = channels_of(group, block, group_channels, DB)
     channels, chunks = groups * group_channels, lines * tl.cdiv(length, T)
@@ -173,6 +177,10 @@ def output_kernel(
     FAST: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """y = (sum over directions of C h + D u + `sum_ptr`) silu(z). `sum_ptr` is laid out as y."""
+    u_step, d_step, b_step = widen(u_step, WIDE), widen(d_step, WIDE), widen(b_step, WIDE)
+    b_row, b_state = widen(b_row, WIDE), widen(b_state, WIDE)
+    hold_line, hold_step = widen(hold_line, WIDE), widen(hold_step, WIDE)
+    y_step, z_step = widen(y_step, WIDE), widen(z_step, WIDE)
     image, group, block, _tile, chunk, line, start = place(batch, groups, group_channels, lines, length, M, DB, T)
     channel, exists = channels_of(group, block, group_channels, DB)
     channels, chunks = groups * group_channels, lines * tl.cdiv(length, T)

@@ -110,7 +110,8 @@ class Scan:
     def constants(self, *others: Tensor | None) -> dict[str, Any]:
         tile = self.tile
         summaries = chunks_of(self.walk, tile) * self.walk.channels
-        farthest = max(span(self.u, self.delta, self.z, self.B, self.C, *others), self.u[0].numel(), summaries)
+        tensors = (self.u, self.delta, self.z, self.B, self.C, self.hold, *others)
+        farthest = max(span(*tensors), self.u[0].numel(), summaries)
         return {
             "T": tile.steps,
             "M": tile.rows,

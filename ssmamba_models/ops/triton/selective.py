@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ssmamba_models.ops.alignment import all_aligned
 from ssmamba_models.ops.triton.launch import (
     Gradients,
     Scan,
@@ -18,6 +19,7 @@ from ssmamba_models.ops.triton.walk import Walk
 
 
 def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, backward: bool) -> Scan:
+    u, delta, A, B, C, D, z, delta_bias = all_aligned(u, delta, A, B, C, D, z, delta_bias)
     if B.stride() != C.stride():
         B, C = B.contiguous(), C.contiguous()
     groups = B.shape[1]
@@ -44,8 +46,7 @@ def selective_scan_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias; those of A, B, C, D and delta_bias in float32."""
     scan = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True)
-    grad = grad.contiguous()
-    state = None if grad_state is None else grad_state.float().contiguous()
+    grad, state = all_aligned(grad.contiguous(), None if grad_state is None else grad_state.float().contiguous())
     summaries = Summaries.empty([scan], True)
     summarise_backward(scan, grad, summaries)
     summaries.carry(scan.A)

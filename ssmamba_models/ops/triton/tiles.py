@@ -25,11 +25,20 @@ def fill_steps(value, T: tl.constexpr):
 
 
 @triton.jit
+def widen(stride, WIDE: tl.constexpr):
+    """A stride whose multiples are 64 bits wide; WIDE where 31 do not hold them."""
+    if WIDE:
+        return tl.full((), 0, tl.int64) + stride
+    else:  # the compiler reads on after a return inside a constant `if`
+        return stride
+
+
+@triton.jit
 def step_mask(rows, first, t, length, RAGGED: tl.constexpr):
     """`rows`, less the chunks whose step t lies behind the end of their line."""
     if RAGGED:
         return rows & (first + t < length)
-    else:  # the compiler reads on after a return inside a constant `if`
+    else:
         return rows
 
 

@@ -186,3 +186,23 @@ def test_causal_conv1d_of_a_view_and_several_tiles():
     x = normal(1, 300, 6).transpose(1, 2)[:, 1:4]
     out, _ = check("causal_conv1d", (x, normal(3, 4), normal(3), True), (normal(1, 3, 300),))
     assert out.is_contiguous()
+
+
+def spread(x, step):
+    """x with steps (the last dimension) so many elements apart: 8 GiB of addresses, of which few pages are touched."""
+    room = torch.empty(step * (x.shape[-1] - 1) + x[..., 0].numel(), dtype=x.dtype)
+    strides = (*torch.empty(x.shape[:-1]).stride(), step)
+    return room.as_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.parametrize("name", ["u", "z", "B"])
+def test_selective_scan_beyond_31_bits(name):
+    args, grads = selective(1, 2, 3, 2, 2)
+    at = {"u": 0, "z": 6, "B": 3}[name]
+    far = list(args)
+    far[at] = spread(args[at], 2**30 + 3)
+    if name == "B":
+        far[4] = spread(args[4], 2**30 + 3)
+    for function, head in ((backend.selective_scan, ()), (backend.selective_scan_backward, grads)):
+        for x, want in zip(function(*head, *far), function(*head, *args)):
+            assert torch.equal(x, want)

@@ -9,6 +9,7 @@ import contextlib
 
 import pytest
 import torch
+from scan_cases import MAKERS, at_odd_address
 
 triton = pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be compiled")
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
@@ -17,7 +18,7 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from ssmamba_models.ops.triton import convolution, directional, launch, selective  # noqa: E402
+from ssmamba_models.ops.triton import backend, convolution, directional, launch, selective  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -175,6 +176,26 @@ def test_images_beyond_31_bits_use_long_offsets(monkeypatch):
     )
     assert seen
     assert all(constants["WIDE"] for constants in seen[:2] + seen[-2:])
+
+
+@pytest.mark.parametrize("op", ["directional_scan", "selective_scan", "causal_conv1d"])
+def test_kernels_see_no_odd_addresses(op, monkeypatch):
+    """A GPU faults where it reads them. Kernels that are recorded write nothing; their results are not looked at."""
+    seen = []
+    record = lambda kernel, programs, arguments, constants, warps=4: seen.append(arguments)  # noqa: E731
+    for module in (launch, convolution):
+        monkeypatch.setattr(module, "launch", record)
+    sizes = {"height": 2, "width": 3, "hold": True} if op == "directional_scan" else {"length": 3}
+    inputs = MAKERS[op](**sizes, **{"groups": 1} if op == "selective_scan" else {})
+    if op == "causal_conv1d":
+        inputs["activation"] = True
+    odd = [at_odd_address(x) if isinstance(x, torch.Tensor) else x for x in inputs.values()]
+    grads = [at_odd_address(odd[0])] + ([at_odd_address(torch.zeros(2, 19, 1))] if op == "selective_scan" else [])
+    getattr(backend, op)(*odd)
+    getattr(backend, f"{op}_backward")(*grads, *odd)
+    tensors = [x for arguments in seen for x in arguments.values() if isinstance(x, torch.Tensor)]
+    assert tensors
+    assert all(x.data_ptr() % x.element_size() == 0 for x in tensors)
 
 
 def test_too_many_programs_are_refused():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssmamba_models.layers import DMS, LPR, DirectionalSSM, pool_hold
+from ssmamba_models.models import DMS, LPR, DirectionalSSM, pool_hold
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -1,0 +1,137 @@
+"""optimize: what it gives for which model, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from conftest import images, small
+from timm.layers import LayerNorm
+from torch import nn
+
+from ssmamba_models.inference import AutocastModel, OptimizeError, optimize, plan_of
+from ssmamba_models.inference.planned import PlannedSSMamba
+from ssmamba_models.ops import dispatch
+
+needs_c = pytest.mark.skipif(bool(dispatch._missing("c")[0]), reason="the C kernels were not built")
+
+
+@needs_c
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_ssmamba_becomes_a_plan(precision):
+    model = small()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    fast = optimize(model, precision)
+    assert isinstance(fast, PlannedSSMamba)
+    assert fast.precision == precision
+    assert plan_of(fast).startswith("fused, ")
+    assert not any(p.requires_grad for p in fast.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
+
+
+@needs_c
+def test_pooled_features_in_bfloat16_are_those_of_float32():
+    model = timm.create_model("ssmamba_tiny", pretrained=True, num_classes=0).eval()
+    x = images(4, 3, 160, 160)
+    with torch.inference_mode():
+        wanted = model(x)
+        for precision, bound, cosine in (("float32", 1e-5, 0.999999), ("bfloat16", 1e-2, 0.9999)):
+            result = optimize(model, precision)(x)
+            assert ((result - wanted).norm() / wanted.norm()).item() < bound
+            assert torch.cosine_similarity(result, wanted).min().item() > cosine
+
+
+def test_other_models_run_the_best_public_way():
+    model = timm.create_model("test_vit", num_classes=0).eval()
+    assert optimize(model) is model
+    assert plan_of(model) == "eager"
+    fast, x = optimize(model, "bfloat16"), images(2, 3, 160, 160)
+    assert isinstance(fast, AutocastModel)
+    assert plan_of(fast) == "autocast"
+    with torch.inference_mode():
+        assert fast(x).dtype == torch.float32
+        torch.testing.assert_close(fast(x), model(x), atol=0.1, rtol=0.1)
+        assert not torch.equal(fast(x), model(x))
+        final, found = fast.forward_intermediates(x, indices=1)
+        assert final.dtype == found[0].dtype == torch.float32
+    assert fast.num_features == model.num_features
+    assert not hasattr(fast, "no_such_method")
+
+
+def test_without_the_c_kernels_a_model_stays_as_it_is(monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "torch")
+    model = small()
+    assert optimize(model) is model
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def changes(model):
+    """(what was done, a function that does it)"""
+    block = model.stages[1].blocks[0]
+
+    def swap(owner, name, layer):
+        return lambda: setattr(owner, name, layer.eval())
+
+    yield "mlp.fc1", swap(block.mlp, "fc1", Doubled(24, 96))
+    yield "in_proj", swap(block.dms, "in_proj", nn.Sequential(nn.Linear(24, 24)))
+    yield "lpr", swap(block, "lpr", nn.Identity())
+    yield "dms", swap(block, "dms", nn.Identity())
+    yield "mlp", swap(block, "mlp", nn.Identity())
+    yield "stem.act", swap(model.stem, "act", nn.GELU(approximate="tanh"))
+    yield "mlp.act", swap(block.mlp, "act", nn.ReLU())
+    yield "dms.act", swap(block.dms, "act", nn.GELU())
+    yield "norm2", swap(block, "norm2", nn.Identity())
+    yield "drop_path1", swap(block, "drop_path1", nn.Dropout(0.5))
+    yield "stem.conv1", swap(model.stem, "conv1", nn.Conv2d(3, 8, 5, 2, 2))
+    yield (
+        "downsample.conv",
+        swap(model.stages[1].downsample, "conv", nn.Conv2d(16, 24, 3, 2, 1, padding_mode="reflect")),
+    )
+    yield "lpr.conv", swap(block.lpr, "conv", nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False))
+    yield "dms.conv", swap(block.dms, "conv", nn.Conv2d(24, 24, 3, padding=2, dilation=2, groups=24))
+    yield "hooks", lambda: block.norm1.register_forward_hook(lambda *_: None)
+    yield "hooks", lambda: block.mlp.register_forward_pre_hook(lambda *_: None)
+    yield "forward of its own", lambda: setattr(block.norm1, "forward", lambda x: x)
+    yield "training mode", lambda: block.mlp.train()
+    yield "fc1", lambda: nn.utils.parametrizations.weight_norm(block.mlp.fc1)
+    yield "training mode", model.train
+    yield "fc2", lambda: setattr(block.mlp.fc2, "weight", nn.Parameter(torch.zeros(24, 96, dtype=torch.int8), False))
+
+
+@needs_c
+@pytest.mark.parametrize("index", range(len(list(changes(small())))))
+def test_what_a_plan_cannot_represent_is_an_error_that_names_it(index):
+    model = small()
+    named, change = list(changes(model))[index]
+    change()
+    with pytest.raises(OptimizeError, match=named):
+        optimize(model)
+
+
+@needs_c
+def test_a_derived_class_is_refused():
+    class Derived(type(small())):
+        pass
+
+    with pytest.raises(OptimizeError, match="Derived"):
+        optimize(Derived(dims=(16,), depths=(1,), scales=((1,),)).eval())
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="precision is 'int8', expected one of float32, bfloat16"):
+        optimize(small(), "int8")
+    with pytest.raises(ValueError, match="memory is 0"):
+        optimize(small(), memory=0)
+
+
+def test_a_norm_without_weights_is_represented():
+    model = small()
+    model.stages[0].blocks[0].norm1 = LayerNorm(16, affine=False).eval()
+    x = images(1, 3, 40, 40)
+    with torch.inference_mode():
+        torch.testing.assert_close(optimize(model)(x), model(x), atol=1e-5, rtol=1e-5)
