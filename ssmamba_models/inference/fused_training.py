@@ -1,28 +1,21 @@
 """Training on a CPU with fused operators: the blocks of a model computed as a few operators that keep little.
 
 A block's layers one by one store every activation for backward, and pass over it once more for each norm, activation
-and residual. The operators here join these to the matrix products (ssmamba_models.ops.norm_linear, residual_mlp,
-depthwise3x3) and recompute them backward. And where stochastic depth drops an image from a branch, the branch is not
+and residual. The branches here (ssmamba_models.inference.branches) join these to the matrix products and recompute them
+backward. And where stochastic depth drops an image from a branch, the branch is not
 computed for it (as in DINOv2, arXiv:2304.07193, sec. 5).
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm, Mlp
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ssmamba_models.models.ssmamba import Block
-from ssmamba_models.ops.depthwise import depthwise3x3
-from ssmamba_models.ops.norm_linear import norm_linear
-from ssmamba_models.ops.residual_mlp import residual_mlp
+from ssmamba_models.inference.branches import LocalPerception, MlpBranch, ScanBranch, ScanSizes, scan_parameters
+from ssmamba_models.models.ssmamba import DMS, LPR, Block, DirectionalSSM
 from ssmamba_models.ops.rowwise import is_served_by_c
-
-Branch = Callable[[Tensor, "Tensor | None", float], Tensor]
 
 
 def fuse_for_training(module: nn.Module) -> int:
@@ -66,74 +59,33 @@ class FusedBlock(Block):
     def forward(self, x: Tensor, hold: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling() or not (_is_plain_call(x, hold) and _is_plain_block(self)):
             return super().forward(x, hold)
-        conv = self.lpr.conv
-        x = depthwise3x3(x, conv.weight, conv.bias, residual=True)
-        x = _with_stochastic_depth(self.drop_path1, x, hold, self._add_scans)
-        if self.training and self.mlp.drop1.p + self.mlp.drop2.p > 0:  # dropout is drawn for all images
-            return x + self.drop_path2(self.mlp(self.norm2(x)))
-        return _with_stochastic_depth(self.drop_path2, x, None, self._add_mlp)
-
-    def _add_scans(self, x: Tensor, hold: Tensor | None, scale: float) -> Tensor:
-        dms, norm = self.dms, self.norm1
-        u = norm_linear(x, norm.weight, norm.bias, dms.in_proj.weight, norm.eps)
-        u = depthwise3x3(u, dms.conv.weight, dms.conv.bias, silu=True)
-        parts = [scan(part, hold) for scan, part in zip(dms.scans, torch.split(u, dms.widths, dim=-1))]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        norm = dms.norm
-        return norm_linear(y, norm.weight, norm.bias, dms.out_proj.weight, norm.eps, residual=x, scale=scale)
-
-    def _add_mlp(self, x: Tensor, hold: Tensor | None, scale: float) -> Tensor:
-        norm, first, second = self.norm2, self.mlp.fc1, self.mlp.fc2
-        return residual_mlp(
-            x, norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias, norm.eps, scale
-        )
+        if torch.is_autocast_enabled("cpu"):  # a convolution comes first, so that all of the block is in this type
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        conv, dms, mlp = self.lpr.conv, self.dms, self.mlp
+        x = LocalPerception.apply(x, conv.weight, conv.bias)
+        kept, scale = _draw(self.drop_path1, x)
+        norms = (self.norm1.weight, self.norm1.bias, dms.norm.weight, dms.norm.bias)
+        shared = (*norms, dms.in_proj.weight, dms.conv.weight, dms.conv.bias, dms.out_proj.weight)
+        own = [parameter for scan in dms.scans for parameter in scan_parameters(scan)]
+        sizes = ScanSizes(tuple(scan.scale for scan in dms.scans), tuple(dms.widths), self.norm1.eps, dms.norm.eps)
+        x = ScanBranch.apply(x, hold, kept, scale, sizes, *shared, *own)
+        if self.training and mlp.drop1.p + mlp.drop2.p > 0:  # dropout is drawn for all images
+            return x + self.drop_path2(mlp(self.norm2(x)))
+        kept, scale = _draw(self.drop_path2, x)
+        return MlpBranch.apply(
+            x, kept, scale, self.norm2.eps, self.norm2.weight, self.norm2.bias,
+            mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
+        )  # fmt: skip
 
 
-def _with_stochastic_depth(path: nn.Module, x: Tensor, hold: Tensor | None, branch: Branch) -> Tensor:
-    """x plus the branch, computed for the images that keep it; drawn as DropPath draws."""
+def _draw(path: nn.Module, x: Tensor) -> tuple[Tensor | None, float]:
+    """Which images keep a branch (None: all), and what the branch is multiplied by: drawn as DropPath draws."""
     if not isinstance(path, DropPath) or not path.training or not path.drop_prob:
-        return branch(x, hold, 1.0)
+        return None, 1.0
     share = 1 - path.drop_prob
     mask = x.new_empty((len(x), 1, 1, 1)).bernoulli_(share).flatten() > 0
     scale = 1 / share if share > 0 and path.scale_by_keep else 1.0
-    if mask.all():
-        return branch(x, hold, scale)
-    kept, dropped = mask.nonzero().flatten(), (~mask).nonzero().flatten()
-    inside, outside = _Split.apply(x, kept, dropped)
-    hold = None if hold is None else hold[kept]
-    return _Merge.apply(branch(inside, hold, scale), outside, kept, dropped)
-
-
-def _merged(inside: Tensor, outside: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
-    whole = inside.new_empty((len(inside) + len(outside), *inside.shape[1:]))
-    return whole.index_copy_(0, kept, inside).index_copy_(0, dropped, outside)
-
-
-class _Split(torch.autograd.Function):
-    """A batch's images that keep a branch, and the others; their gradients come together without additions."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(kept, dropped)
-        return x[kept], x[dropped]
-
-    @staticmethod
-    def backward(ctx: Any, inside: Tensor, outside: Tensor) -> tuple[Tensor, None, None]:
-        return _merged(inside, outside, *ctx.saved_tensors), None, None
-
-
-class _Merge(torch.autograd.Function):
-    """The inverse of _Split."""
-
-    @staticmethod
-    def forward(ctx: Any, inside: Tensor, outside: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
-        ctx.save_for_backward(kept, dropped)
-        return _merged(inside, outside, kept, dropped)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        kept, dropped = ctx.saved_tensors
-        return grad[kept], grad[dropped], None, None
+    return (None if mask.all() else mask.nonzero().flatten()), scale
 
 
 def _is_plain_call(x: Tensor, hold: Tensor | None) -> bool:
@@ -148,6 +100,9 @@ def _is_plain_call(x: Tensor, hold: Tensor | None) -> bool:
 
 # Of each kind of layer inside a block: where it stands.
 _LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
+    LPR: ("lpr",),
+    DMS: ("dms",),
+    nn.ModuleList: ("dms.scans",),
     LayerNorm: ("norm1", "dms.norm", "norm2"),
     nn.Linear: ("dms.in_proj", "dms.out_proj", "mlp.fc1", "mlp.fc2"),
     nn.Conv2d: ("lpr.conv", "dms.conv"),
@@ -155,25 +110,28 @@ _LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
     Mlp: ("mlp",),
     nn.GELU: ("mlp.act",),
     nn.Dropout: ("mlp.drop1", "mlp.drop2"),
+    nn.Identity: ("mlp.norm",),
 }
 
 
 def _is_plain_block(block: nn.Module) -> bool:
-    """Whether the layers that the operators stand for are those of the constructor, and nobody watches them."""
-    ours = [block.get_submodule(name) for name in ("lpr", "dms")]
-    if any(not type(layer).__module__.startswith("ssmamba_models.") or _is_watched(layer) for layer in ours):
-        return False
-    for kind, names in _LAYERS.items():
-        for name in names:
-            layer = block.get_submodule(name)
-            if type(layer) is not kind or _is_watched(layer):
-                return False
-    paths = (block.drop_path1, block.drop_path2)
-    if any(type(path) not in (nn.Identity, DropPath) or _is_watched(path) for path in paths):
-        return False
-    if type(block.mlp.norm) is not nn.Identity or _is_watched(block.mlp.norm) or block.mlp.act.approximate != "none":
+    """Whether all layers inside are those of the constructor, and nobody watches them."""
+    modules = dict(block.named_modules())
+    kinds = {name: kind for kind, names in _LAYERS.items() for name in names}
+    for name, layer in modules.items():
+        if name and (not _is_kind(name, layer, kinds) or _is_watched(layer)):
+            return False
+    if not kinds.keys() <= modules.keys() or block.mlp.act.approximate != "none":
         return False
     return _has_plain_parameters(block) and all(_is_depthwise(conv) for conv in (block.lpr.conv, block.dms.conv))
+
+
+def _is_kind(name: str, layer: nn.Module, kinds: dict[str, type[nn.Module]]) -> bool:
+    if name in kinds:
+        return type(layer) is kinds[name]
+    if name.startswith("dms.scans."):
+        return type(layer) is (nn.Linear if name.endswith("_proj") else DirectionalSSM)
+    return name in ("drop_path1", "drop_path2") and type(layer) in (nn.Identity, DropPath)
 
 
 def _is_watched(layer: nn.Module) -> bool:
