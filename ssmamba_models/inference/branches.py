@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ssmamba_models.models.ssmamba import pool_hold
+from ssmamba_models.models.ssmamba import DirectionalSSM, pool_hold
 from ssmamba_models.ops import norm_linear, residual_mlp
 from ssmamba_models.ops.alignment import aligned
 from ssmamba_models.ops.cpu import backend, rows
@@ -63,7 +63,7 @@ class MlpBranch(torch.autograd.Function):
     ) -> Tensor:
         inside = _select(x, kept)
         y, hidden = residual_mlp.compute(
-            rows, inside.view(-1, x.shape[-1]), *parameters, eps, scale, keep=any(ctx.needs_input_grad)
+            rows, inside.view(-1, x.shape[-1]), parameters, eps, scale, keep=any(ctx.needs_input_grad)
         )
         ctx.scale, ctx.eps = scale, eps
         ctx.save_for_backward(inside, hidden, kept, *parameters)
@@ -77,7 +77,7 @@ class MlpBranch(torch.autograd.Function):
             return (grad, None, None, None, *_zeros(parameters))
         width = x.shape[-1]
         dx, *others = residual_mlp.compute_gradients(
-            rows, _select(grad, kept).view(-1, width), hidden, x.view(-1, width), *parameters, ctx.eps, ctx.scale
+            rows, _select(grad, kept).view(-1, width), hidden, x.view(-1, width), parameters, ctx.eps, ctx.scale
         )
         return (_replace(grad, kept, dx.view(x.shape)), None, None, None, *others)
 
@@ -91,7 +91,7 @@ class ScanSizes(NamedTuple):
     eps_after: float
 
 
-def scan_parameters(scan: nn.Module) -> tuple[Tensor, ...]:
+def scan_parameters(scan: DirectionalSSM) -> tuple[Tensor, ...]:
     """The parameters of a DirectionalSSM in the order that ScanBranch expects."""
     return scan.x_proj.weight, scan.dt_proj.weight, scan.dt_bias, scan.A_log, scan.B_bias, scan.D
 

@@ -8,6 +8,8 @@ computed for it (as in DINOv2, arXiv:2304.07193, sec. 5).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.layers import DropPath, LayerNorm, Mlp
 from torch import Tensor, nn
@@ -47,7 +49,7 @@ def fuse_for_training(module: nn.Module) -> int:
 
 def unfuse(module: nn.Module) -> int:
     """Undo :func:`fuse_for_training`; returns how many blocks were changed."""
-    blocks = [block for block in module.modules() if type(block) is FusedBlock]
+    blocks: list[Any] = [block for block in module.modules() if type(block) is FusedBlock]
     for block in blocks:
         block.__class__ = Block
     return len(blocks)
@@ -62,12 +64,13 @@ class FusedBlock(Block):
         if torch.is_autocast_enabled("cpu"):  # a convolution comes first, so that all of the block is in this type
             x = x.to(torch.get_autocast_dtype("cpu"))
         conv, dms, mlp = self.lpr.conv, self.dms, self.mlp
+        scans: list[Any] = list(dms.scans)
         x = LocalPerception.apply(x, conv.weight, conv.bias)
         kept, scale = _draw(self.drop_path1, x)
         norms = (self.norm1.weight, self.norm1.bias, dms.norm.weight, dms.norm.bias)
         shared = (*norms, dms.in_proj.weight, dms.conv.weight, dms.conv.bias, dms.out_proj.weight)
-        own = [parameter for scan in dms.scans for parameter in scan_parameters(scan)]
-        sizes = ScanSizes(tuple(scan.scale for scan in dms.scans), tuple(dms.widths), self.norm1.eps, dms.norm.eps)
+        own = [parameter for scan in scans for parameter in scan_parameters(scan)]
+        sizes = ScanSizes(tuple(scan.scale for scan in scans), tuple(dms.widths), self.norm1.eps, dms.norm.eps)
         x = ScanBranch.apply(x, hold, kept, scale, sizes, *shared, *own)
         if self.training and mlp.drop1.p + mlp.drop2.p > 0:  # dropout is drawn for all images
             return x + self.drop_path2(mlp(self.norm2(x)))
@@ -114,7 +117,7 @@ _LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 
 
-def _is_plain_block(block: nn.Module) -> bool:
+def _is_plain_block(block: Any) -> bool:
     """Whether all layers inside are those of the constructor, and nobody watches them."""
     modules = dict(block.named_modules())
     kinds = {name: kind for kind, names in _LAYERS.items() for name in names}
@@ -144,11 +147,16 @@ def _is_depthwise(conv: nn.Conv2d) -> bool:
     return geometry == ((3, 3), (1, 1), (1, 1), (1, 1), "zeros") and conv.groups == len(conv.weight)
 
 
-def _has_plain_parameters(block: nn.Module) -> bool:
+def _has_plain_parameters(block: Any) -> bool:
     """Whether there is a bias where the operators want one, none where they know none, and all are plain float32."""
     dms, mlp = block.dms, block.mlp
     if not (dms.in_proj.bias is None and dms.out_proj.bias is None and mlp.fc1.bias is not None):
         return False
     if mlp.fc2.bias is None or any(t is None for n in (block.norm1, dms.norm, block.norm2) for t in (n.weight, n.bias)):
         return False
-    return all(type(p) in (nn.Parameter, Tensor) and p.dtype == torch.float32 for p in block.parameters())
+    return all(_is_plain_parameter(p) for p in block.parameters())
+
+
+def _is_plain_parameter(p: Tensor) -> bool:
+    readable = p.dim() > 1 or (p.is_contiguous() and p.data_ptr() % p.element_size() == 0)
+    return type(p) in (nn.Parameter, Tensor) and p.dtype == torch.float32 and readable

@@ -1,4 +1,4 @@
-"""depthwise3x3: the convolution of LPR and DMS with what follows it, as a function and as a registered torch operator."""
+"""depthwise3x3: the convolution of LPR and DMS with what follows it, as a function and as a torch operator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ssmamba_models.ops import checks
 from ssmamba_models.ops.derivatives import register_formula
-from ssmamba_models.ops.gradients import like_inputs, zeros_like_inputs
+from ssmamba_models.ops.gradients import like_inputs, pulled_back, zeros_like_inputs
 from ssmamba_models.ops.rowwise import is_served_by_c
 
 OP = "depthwise3x3"
@@ -111,8 +111,8 @@ def _vjp(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, residual: bool
 ) -> tuple[Tensor | None, ...]:
     given = [t for t in (x, weight, bias) if t is not None]
-    _, vjp = torch.func.vjp(lambda x, w, b=None: _by_torch(x, w, b, silu, residual), *given)
-    return (*vjp(grad), None)[:3]
+    function = lambda x, weight, bias=None: _by_torch(x, weight, bias, silu, residual)  # noqa: E731
+    return (*pulled_back(function, given, grad), None)[:3]
 
 
 @_backward.register_fake

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ssmamba_models.ops import checks
 from ssmamba_models.ops.derivatives import register_formula
-from ssmamba_models.ops.gradients import like_inputs, zeros_like_inputs
+from ssmamba_models.ops.gradients import like_inputs, pulled_back, zeros_like_inputs
 from ssmamba_models.ops.rowwise import as_rows, kernels, piece_rows
 
 OP = "norm_linear"
@@ -135,8 +135,8 @@ def _forward(
     _check(x, norm_weight, norm_bias, weight, residual)
     outputs, channels = weight.shape
     base = None if residual is None else residual.reshape(-1, outputs)
-    norm = (as_rows(t, channels)[0] for t in (norm_weight, norm_bias))
-    y = compute(kernels(x), as_rows(x, channels), *norm, weight, eps, base, scale)
+    norm_weight, norm_bias = (as_rows(t, channels)[0] for t in (norm_weight, norm_bias))
+    y = compute(kernels(x), as_rows(x, channels), norm_weight, norm_bias, weight, eps, base, scale)
     return y.view(*x.shape[:-1], outputs)
 
 
@@ -153,12 +153,11 @@ def _backward(
     grad: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x, norm_weight, norm_bias, weight, grad)
-    outputs, channels = weight.shape
-    norm = (as_rows(t, channels)[0] for t in (norm_weight, norm_bias))
-    dx, *others = compute_gradients(
-        kernels(x), grad.reshape(-1, outputs), as_rows(x, channels), *norm, weight, eps, scale
-    )
-    return like_inputs((x, norm_weight, norm_bias, weight), (dx.view(x.shape), *others))  # type: ignore[return-value]
+    inputs, (outputs, channels) = (x, norm_weight, norm_bias, weight), weight.shape
+    norm_weight, norm_bias = (as_rows(t, channels)[0] for t in (norm_weight, norm_bias))
+    grads, tokens = grad.reshape(-1, outputs), as_rows(x, channels)
+    dx, *others = compute_gradients(kernels(x), grads, tokens, norm_weight, norm_bias, weight, eps, scale)
+    return like_inputs(inputs, (dx.view(x.shape), *others))  # type: ignore[return-value]
 
 
 def empty_sum(like: Tensor, rows: Tensor) -> Tensor:
@@ -209,8 +208,8 @@ def _formula(
 def _backward_formula(
     grad: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float, scale: float
 ) -> tuple[Tensor, ...]:
-    _, vjp = torch.func.vjp(lambda *t: _formula(*t, eps, None, scale), x, norm_weight, norm_bias, weight)
-    return vjp(grad)
+    tensors = (x, norm_weight, norm_bias, weight)
+    return pulled_back(lambda x, a, b, w: _formula(x, a, b, w, eps, None, scale), tensors, grad)
 
 
 register_formula(_forward, _formula)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ssmamba_models.ops import checks
 from ssmamba_models.ops.derivatives import register_formula
-from ssmamba_models.ops.gradients import like_inputs, zeros_like_inputs
+from ssmamba_models.ops.gradients import like_inputs, pulled_back, zeros_like_inputs
 from ssmamba_models.ops.norm_linear import add_product, empty_sum
 from ssmamba_models.ops.rowwise import as_rows, kernels, piece_rows
 
@@ -93,12 +94,7 @@ def _check(
 def compute(
     rows: ModuleType,
     x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
+    parameters: Sequence[Tensor],
     eps: float,
     scale: float,
     keep: bool,
@@ -107,6 +103,7 @@ def compute(
 
     All tensors but the weights are contiguous.
     """
+    norm_weight, norm_bias, weight1, bias1, weight2, bias2 = parameters
     hidden, length = len(weight1), piece_rows(len(weight1))
     most = min(length, len(x))
     into, back, bias2 = weight1.to(x.dtype).t(), weight2.to(x.dtype).t(), (scale * bias2).to(x.dtype)
@@ -129,16 +126,12 @@ def compute_gradients(
     grad: Tensor,
     kept: Tensor,
     x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
+    parameters: Sequence[Tensor],
     eps: float,
     scale: float,
 ) -> tuple[Tensor, ...]:
     """Gradients of x and the parameters, from `grad` (M, C)."""
+    norm_weight, norm_bias, weight1, bias1, weight2, bias2 = parameters
     hidden, length = len(weight1), piece_rows(len(weight1))
     most = min(length, len(x))
     into, back, dx = weight1.to(x.dtype), weight2.to(x.dtype), torch.empty_like(x)
@@ -179,7 +172,7 @@ def _forward(
     channels = weight1.shape[1]
     norm_weight, norm_bias, bias1 = (as_rows(t, len(t))[0] for t in (norm_weight, norm_bias, bias1))
     parameters = (norm_weight, norm_bias, weight1, bias1, weight2, bias2)
-    y, kept = compute(kernels(x), as_rows(x, channels), *parameters, eps, scale, keep)
+    y, kept = compute(kernels(x), as_rows(x, channels), parameters, eps, scale, keep)
     return y.view(x.shape), kept
 
 
@@ -221,7 +214,7 @@ def _backward(
     norm_weight, norm_bias, bias1 = (as_rows(t, len(t))[0] for t in (norm_weight, norm_bias, bias1))
     parameters = (norm_weight, norm_bias, weight1, bias1, weight2, bias2)
     dx, *others = compute_gradients(
-        kernels(x), as_rows(grad, channels), kept, as_rows(x, channels), *parameters, eps, scale
+        kernels(x), as_rows(grad, channels), kept, as_rows(x, channels), parameters, eps, scale
     )
     return like_inputs(inputs, (dx.view(x.shape), *others))  # type: ignore[return-value]
 
@@ -267,8 +260,7 @@ def _formula(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward_formula(grad: Tensor, kept: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    _, vjp = torch.func.vjp(lambda *tensors: _value(*tensors, *arguments[7:]), *arguments[:7])
-    return vjp(grad)
+    return pulled_back(lambda *tensors: _value(*tensors, *arguments[7:]), arguments[:7], grad)
 
 
 register_formula(_forward, _formula)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,7 +15,8 @@ from ssmamba_models.ops.residual_mlp import residual_mlp
 
 OPERATORS = {"depthwise3x3": depthwise3x3, "norm_linear": norm_linear, "residual_mlp": residual_mlp}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-SHAPES = st.tuples(st.integers(0, 3), st.integers(0, 7), st.integers(0, 9), st.integers(1, 70))
+# Not fewer channels: where their variance may be near 0, a norm divides rounding errors by it.
+SHAPES = st.tuples(st.integers(0, 3), st.integers(0, 7), st.integers(0, 9), st.integers(8, 70))
 
 
 def make(op, shape, dtype=torch.float32, seed=0, outputs=21):
@@ -63,6 +64,7 @@ def assert_like_definition(op, tensors, others, dtype):
 
 @pytest.mark.parametrize("backend", ["c", "torch"])
 @pytest.mark.parametrize("op", OPERATORS)
+@settings(deadline=None, max_examples=40)
 @given(shape=SHAPES, seed=st.integers(0, 99), outputs=st.integers(1, 40))
 def test_it_is_its_definition(op, backend, shape, seed, outputs):
     with pytest.MonkeyPatch.context() as patch:
@@ -162,12 +164,25 @@ def test_autocast_casts_the_map_alone(op):
 
 
 @pytest.mark.parametrize("op", OPERATORS)
-def test_a_second_derivative_is_refused(op):
-    tensors, others = make(op, (1, 3, 4, 5))
-    x = tensors[0].requires_grad_()
-    (grad,) = torch.autograd.grad(OPERATORS[op](*tensors, *others).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(grad.sum(), x)
+def test_second_derivatives(op):
+    def second(function, tensors):
+        tensors = [t.detach().clone().requires_grad_() for t in tensors]
+        grads = torch.autograd.grad(function(*tensors, *others).square().sum(), tensors, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), tensors)
+
+    tensors, others = make(op, (1, 3, 4, 5), torch.float64, seed=3)
+    for found, wanted in zip(second(OPERATORS[op], tensors), second(getattr(reference, op), tensors)):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_tangents(op):
+    tensors, others = make(op, (1, 3, 4, 5), seed=3)
+    tangents = [torch.randn_like(t) for t in tensors]
+    call = lambda function: lambda *t: function(*t, *others)  # noqa: E731
+    _, found = torch.func.jvp(call(OPERATORS[op]), tuple(tensors), tuple(tangents))
+    _, wanted = torch.func.jvp(call(getattr(reference, op)), tuple(tensors), tuple(tangents))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("op", OPERATORS)
