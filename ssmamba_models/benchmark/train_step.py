@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ssmamba_models.inference import fuse_for_training
+
 
 class TrainStep:
     """Forward, backward and AdamW step of a module that returns its loss.
@@ -24,6 +26,8 @@ class TrainStep:
     def __init__(self, module: nn.Module, device: str = "cpu", dtype: str = "float32", channels_last: bool = True):
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.module = module.to(device).to(memory_format=layout).train()
+        if torch.device(device).type == "cpu":
+            fuse_for_training(self.module)
         self.device, self.bf16 = torch.device(device), dtype == "bfloat16"
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.parameters_m = sum(parameter.numel() for parameter in trained) / 1e6

@@ -26,7 +26,9 @@ from ssmamba_models.engine.processes import StopSignals, default_workers, ignore
 from ssmamba_models.engine.rng import restore_rng, rng_state, seed_everything
 from ssmamba_models.engine.run_log import RunLog
 from ssmamba_models.engine.train_config import LoopConfig
+from ssmamba_models.inference import fuse_for_training, unfuse
 from ssmamba_models.notice import one_line
+from ssmamba_models.ops.dispatch import is_served_by
 
 
 @dataclass
@@ -121,6 +123,7 @@ class Trainer:
         self.batches = global_batches(config, len(task.data), accelerator, task.weights, task.data.noun)
         layout = torch.channels_last if task.images else torch.preserve_format
         self.module = task.module.to(self.device, memory_format=layout)
+        fused = self.device.type == "cpu" and fuse_for_training(self.module) > 0
         groups = task.groups or parameter_groups(self.module, config.weight_decay)
         self.optimizer = create_optimizer(config, groups)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -130,6 +133,8 @@ class Trainer:
         self._resume()
         self.wrapped = accelerator.prepare_model(self.module)
         self.log = RunLog(run, self.state.step, self.batches.steps, main=accelerator.is_main_process, progress=progress)
+        if fused and not is_served_by("c", "cpu"):
+            self.log.tell("trains layer by layer: the fused operators need the C kernels (`ssmamba doctor` tells more)")
 
     @property
     def epoch(self) -> int:
@@ -149,6 +154,7 @@ class Trainer:
                 self._train(signals)
         finally:
             self.log.close()
+            unfuse(self.module)
         return TrainResult(
             self.run,
             self.state.step,

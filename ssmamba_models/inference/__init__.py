@@ -1,5 +1,6 @@
-"""Fast inference: a built model as a plan of fused operators."""
+"""A built model on fused operators: as a plan for inference, and in place for training."""
 
+from ssmamba_models.inference.fused_training import fuse_for_training, unfuse
 from ssmamba_models.inference.optimize import OptimizeError, optimize, optimized_or_eager, plan_of
 
-__all__ = ["OptimizeError", "optimize", "optimized_or_eager", "plan_of"]
+__all__ = ["OptimizeError", "fuse_for_training", "optimize", "optimized_or_eager", "plan_of", "unfuse"]

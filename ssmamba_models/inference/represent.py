@@ -9,6 +9,7 @@ import torch
 from timm.layers import DropPath, LayerNorm, Mlp
 from torch import Tensor, nn
 
+from ssmamba_models.inference.fused_training import FusedBlock
 from ssmamba_models.models import ssmamba as architecture
 from ssmamba_models.ops.cpu import plan
 
@@ -45,7 +46,7 @@ def _encoder_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 def _check_module(name: str, module: Any) -> None:
     what = name or "the model"
-    if not (type(module) in _PLAIN or type(module).__module__ == architecture.__name__):
+    if not (type(module) in _PLAIN | {FusedBlock} or type(module).__module__ == architecture.__name__):
         raise OptimizeError(f"{what} is {type(module).__module__}.{type(module).__name__}: it was replaced; {_CURE}")
     if "forward" in vars(module):
         raise OptimizeError(f"{what} has a forward of its own; {_CURE}")
@@ -103,7 +104,8 @@ def _stage(name: str, stage: Any, stem: Any, packer: plan.Packer) -> plan.Stage:
 
 
 def _block(name: str, block: Any, packer: plan.Packer) -> plan.Block:
-    _expect(name, block, architecture.Block)
+    if type(block) is not FusedBlock:  # a training's, which computes the same
+        _expect(name, block, architecture.Block)
     dms, mlp = block.dms, block.mlp
     for part, module, kind in (("lpr", block.lpr, architecture.LPR), ("dms", dms, architecture.DMS), ("mlp", mlp, Mlp)):
         _expect(f"{name}.{part}", module, kind)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,3 +23,9 @@ def zeros_like_inputs(inputs: Sequence[Any]) -> tuple[Tensor, ...]:
     return tuple(
         first.new_empty(0) if x is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs
     )
+
+
+def pulled_back(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of the inputs of a function made of torch's operators, differentiable in turn."""
+    _, vjp = torch.func.vjp(function, *inputs)  # type: ignore[misc]
+    return vjp(grad)

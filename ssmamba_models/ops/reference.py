@@ -111,3 +111,58 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     y = y if bias is None else y + bias.to(dtype)[:, None]
     y = F.silu(y) if activation == "silu" else y
     return y.to(x.dtype)
+
+
+def depthwise3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = False, residual: bool = False
+) -> Tensor:
+    """See :func:`ssmamba_models.ops.depthwise.depthwise3x3`."""
+    dtype, (height, width) = torch.promote_types(x.dtype, torch.float32), x.shape[1:3]
+    padded = F.pad(x.to(dtype), (0, 0, 1, 1, 1, 1))
+    y = x.to(dtype) if residual else torch.zeros_like(x, dtype=dtype)
+    y = y if bias is None else y + bias.to(dtype)
+    for i in range(3):
+        for j in range(3):
+            y = y + weight[:, 0, i, j].to(dtype) * padded[:, i : i + height, j : j + width]
+    return (y * torch.sigmoid(y) if silu else y).to(x.dtype)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
+def norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """See :func:`ssmamba_models.ops.norm_linear.norm_linear`."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    tensors = (t.to(dtype) for t in (x, norm_weight, norm_bias))
+    y = scale * (_layer_norm(*tensors, eps) @ weight.to(dtype).T)
+    return (y if residual is None else residual.to(dtype) + y).to(x.dtype)
+
+
+def residual_mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    eps: float = 1e-6,
+    scale: float = 1.0,
+) -> Tensor:
+    """See :func:`ssmamba_models.ops.residual_mlp.residual_mlp`."""
+    dtype, out_dtype = torch.promote_types(x.dtype, torch.float32), x.dtype
+    parameters = (norm_weight, norm_bias, weight1, bias1, weight2, bias2)
+    x, norm_weight, norm_bias, weight1, bias1, weight2, bias2 = (t.to(dtype) for t in (x, *parameters))
+    h = _layer_norm(x, norm_weight, norm_bias, eps) @ weight1.T + bias1
+    active = h * (1 + torch.erf(h / 2**0.5)) / 2
+    return (x + scale * (active @ weight2.T + bias2)).to(out_dtype)

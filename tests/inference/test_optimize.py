@@ -11,7 +11,7 @@ from planned_cases import images, small
 from timm.layers import LayerNorm
 from torch import nn
 
-from ssmamba_models.inference import OptimizeError, optimize, optimized_or_eager, plan_of
+from ssmamba_models.inference import OptimizeError, fuse_for_training, optimize, optimized_or_eager, plan_of
 from ssmamba_models.inference.optimize import AutocastModel
 from ssmamba_models.inference.planned import PlannedSSMamba
 from ssmamba_models.notice import SSMambaWarning
@@ -146,6 +146,15 @@ def test_bad_arguments_are_named():
         optimize(small(), "int8")
     with pytest.raises(ValueError, match="memory is 0"):
         optimize(small(), memory=0)
+
+
+@needs_c
+def test_a_model_that_is_being_trained_with_fused_operators_is_represented():
+    model, x = small(), images(1, 3, 40, 40)
+    with torch.inference_mode():
+        wanted = optimize(model)(x)
+        assert fuse_for_training(model) > 0
+        assert torch.equal(optimize(model)(x), wanted)
 
 
 def test_a_norm_without_weights_is_represented():

@@ -14,7 +14,9 @@ from types import SimpleNamespace
 
 import torch
 from scan_cases import MAKERS, assert_close_to_truth, at_odd_address, call_public, output_grads, truth_of
+from test_block_operators import OPERATORS, make
 
+from ssmamba_models.ops import reference
 from ssmamba_models.ops.cpu import backend, library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,22 +65,23 @@ def run(cases: int, seed: int) -> None:
                 assert_close_to_truth(op, inputs, truth, tolerance, grads)
 
 
-def run_depthwise(cases: int, seed: int) -> None:
-    """The convolution of inference on random shapes, on one thread and on two."""
+def run_block_operators(cases: int, seed: int) -> None:
+    """The operators of a block, forward and backward on random shapes, on one thread and on two."""
     dice = random.Random(seed)
     for number in range(cases):
         torch.set_num_threads(1 + number % 2)
-        channels = dice.choice([1, 15, 16, 17, 40, 64, 70, 256])
-        shape = dice.randint(1, 3), dice.randint(1, 9), dice.randint(1, 9), channels
-        silu, residual = dice.random() < 0.5, dice.random() < 0.5
-        print("depthwise3x3_", shape, silu, residual, flush=True)
-        x, weight, bias = torch.randn(shape), torch.randn(channels, 1, 3, 3), torch.randn(channels)
-        wanted = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=channels)
-        wanted = wanted.permute(0, 2, 3, 1) + (x if residual else 0)
-        if number % 2:
-            x, weight, bias = at_odd_address(x), at_odd_address(weight), at_odd_address(bias)
-        backend.depthwise3x3_(x, weight, bias, silu, residual)
-        torch.testing.assert_close(x, torch.nn.functional.silu(wanted) if silu else wanted, atol=1e-5, rtol=1e-5)
+        for op, function in OPERATORS.items():
+            shape = (*(dice.randint(1, high) for high in (3, 9, 9)), dice.choice([15, 16, 17, 40, 64, 70, 256]))
+            dtype = dice.choice(DTYPES)
+            print(op, shape, dtype, flush=True)
+            tensors, others = make(op, shape, dtype, seed=number, outputs=dice.choice([1, 16, 50]))
+            if number % 2:
+                tensors = [at_odd_address(t) for t in tensors]
+            tensors = [t.requires_grad_() for t in tensors]
+            y = function(*tensors, *others)
+            wanted = getattr(reference, op)(*tensors, *others)
+            torch.testing.assert_close(y, wanted, atol=0.05 if dtype != DTYPES[0] else 1e-4, rtol=0.05)
+            y.sum().backward()
 
 
 def overrun() -> None:
@@ -95,5 +98,5 @@ if __name__ == "__main__":
         overrun()
     else:
         run(int(sys.argv[2]), seed=int(sys.argv[3]))
-        run_depthwise(int(sys.argv[2]), seed=int(sys.argv[3]))
+        run_block_operators(int(sys.argv[2]), seed=int(sys.argv[3]))
     print("clean")

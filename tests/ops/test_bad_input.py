@@ -223,8 +223,15 @@ def test_only_dense_tensors(op, kind, make):
             getattr(ops, op)(**inputs | {name: make(inputs[name])})
 
 
-def test_only_dense_floating_tensors_are_written_over():
-    from ssmamba_models.ops.depthwise import depthwise3x3_
+def test_depthwise3x3_names_what_does_not_fit():
+    from ssmamba_models.ops.depthwise import depthwise3x3
 
-    with torch.no_grad(), pytest.raises(TypeError, match="depthwise3x3_: weight has dtype"):
-        depthwise3x3_(torch.zeros(1, 2, 2, 3), torch.zeros(3, 1, 3, 3).long(), torch.zeros(3))
+    x, weight, bias = torch.zeros(1, 2, 2, 3), torch.zeros(3, 1, 3, 3), torch.zeros(3)
+    with pytest.raises(TypeError, match="depthwise3x3: weight has dtype"):
+        depthwise3x3(x, weight.long(), bias)
+    with pytest.raises(TypeError, match="depthwise3x3: x is a sparse_coo tensor"):
+        depthwise3x3(x.to_sparse(), weight, bias)
+    with pytest.raises(ValueError, match=r"depthwise3x3: weight has shape \(4, 1, 3, 3\)"):
+        depthwise3x3(x, torch.zeros(4, 1, 3, 3), bias)
+    with pytest.raises(ValueError, match="depthwise3x3: bias has shape"):
+        torch.ops.ssmamba.depthwise3x3(x, weight, torch.zeros(2), False, False)

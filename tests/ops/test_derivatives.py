@@ -12,7 +12,7 @@ from scan_cases import MAKERS, call_public, call_reference
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from ssmamba_models.ops.depthwise import depthwise3x3_
+from ssmamba_models.ops.depthwise import depthwise3x3
 
 SMALL = {
     "directional_scan": {"height": 2, "width": 2, "channels": 2, "states": 1, "hold": True, "batch": 1},
@@ -202,53 +202,21 @@ def convolved(x, weight, bias, silu, residual):
     return F.silu(y) if silu else y
 
 
-IN_PLACE = {
-    "depthwise3x3_": (
-        functools.partial(depthwise3x3_, silu=True, residual=True),
-        functools.partial(convolved, silu=True, residual=True),
-        ((1, 4, 3, 5), (5, 1, 3, 3), (5,)),
-    ),
-}
+DEPTHWISE = ((1, 4, 3, 5), (5, 1, 3, 3), (5,))
 
 
-@pytest.mark.parametrize("name", IN_PLACE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_tangents_of_the_operators_in_place(name, dtype):
-    public, definition, shapes = IN_PLACE[name]
+def test_tangents_of_depthwise3x3(dtype):
     torch.manual_seed(0)
-    tensors, tangents = (tuple(torch.randn(shape, dtype=dtype) for shape in shapes) for _ in range(2))
-    function = lambda x, *rest: public(x * 1, *rest)  # noqa: E731
-    with torch.no_grad():
-        torch.testing.assert_close(jvp(function, tensors, tangents), jvp(definition, tensors, tangents))
-        for i in range(len(shapes)):
-            with forward_ad.dual_level():
-                duals = [forward_ad.make_dual(t.clone(), v) if i == j else t.clone()
-                         for j, (t, v) in enumerate(zip(tensors, tangents))]  # fmt: skip
-                want = forward_ad.unpack_dual(definition(*duals)).tangent
-                got = forward_ad.unpack_dual(public(*duals)).tangent
-            torch.testing.assert_close(got, want)
-
-
-def test_gradients_of_the_registered_operators_in_place():
-    """The public functions refuse gradients; the operators under them must not drop any."""
-    torch.manual_seed(0)
-    calls = {"depthwise3x3_": (True, True)}
-    for name, (public, definition, shapes) in IN_PLACE.items():
-        leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
-        with pytest.raises(RuntimeError, match=f"{name}.*no_grad"):
-            public(leaves[0] * 1, *leaves[1:])
-        x = leaves[0] * 1
-        getattr(torch.ops.ssmamba, name)(x, *leaves[1:], *calls[name])
-        found = torch.autograd.grad(x.square().sum(), leaves)
-        torch.testing.assert_close(found, torch.autograd.grad(definition(*leaves).square().sum(), leaves))
-
-
-def test_the_registered_operators_in_place_check_their_arguments():
-    """A bias of another size would be read beyond its end."""
-    with torch.no_grad(), pytest.raises(ValueError, match=r"depthwise3x3_: .*\(4, 1, 3, 3\)"):
-        torch.ops.ssmamba.depthwise3x3_(
-            torch.zeros(1, 2, 2, 8), torch.zeros(4, 1, 3, 3), torch.zeros(8), False, False
-        )
+    tensors, tangents = (tuple(torch.randn(shape, dtype=dtype) for shape in DEPTHWISE) for _ in range(2))
+    public, definition = (functools.partial(f, silu=True, residual=True) for f in (depthwise3x3, convolved))
+    torch.testing.assert_close(jvp(public, tensors, tangents), jvp(definition, tensors, tangents))
+    for i in range(len(DEPTHWISE)):
+        with torch.no_grad(), forward_ad.dual_level():
+            duals = [forward_ad.make_dual(t.clone(), v) if i == j else t.clone()
+                     for j, (t, v) in enumerate(zip(tensors, tangents))]  # fmt: skip
+            want = forward_ad.unpack_dual(definition(*duals)).tangent
+            torch.testing.assert_close(forward_ad.unpack_dual(public(*duals)).tangent, want)
 
 
 # ---- models ----

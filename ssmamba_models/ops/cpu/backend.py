@@ -69,15 +69,6 @@ class ConvArgs(ctypes.Structure):
     )
 
 
-class DepthwiseArgs(ctypes.Structure):
-    """The struct of that name in depthwise.c."""
-
-    _fields_ = (
-        *((name, i64) for name in ("batch", "height", "width", "channels", "group", "silu", "residual")),
-        *((name, ptr) for name in ("x", "weight", "bias")),
-    )
-
-
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
@@ -315,23 +306,3 @@ def causal_conv1d_backward(
     _call("ssmamba_conv_backward", args, args.batch * args.channels, 1.0 * x.numel())
     del keep
     return dx, dweight.sum(0), dbias.sum(0)
-
-
-# ---- depthwise3x3_ ----
-
-
-def _write_back(result: Tensor, x: Tensor) -> None:
-    if result is not x:
-        x.copy_(result)
-
-
-def depthwise3x3_(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, residual: bool) -> None:
-    """See :func:`ssmamba_models.ops.depthwise.depthwise3x3_`; x (B, H, W, C) float32, contiguous."""
-    to, weight, bias = aligned(x), _dense(weight), _dense(bias)
-    batch, channels = x.shape[0], x.shape[3]
-    # Wide groups read memory in longer runs; narrow ones make enough tasks of a small batch for all threads.
-    group = next((g for g in (4 * LANES, 2 * LANES) if batch * (channels // g) >= 2 * torch.get_num_threads()), LANES)
-    args = DepthwiseArgs(*x.shape, group, silu, residual, to.data_ptr(), weight.data_ptr(), bias.data_ptr())
-    _call("ssmamba_depthwise", args, batch * -(-channels // group), 2.0 * x.numel())
-    _write_back(to, x)
-    del weight, bias
