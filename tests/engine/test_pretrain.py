@@ -141,6 +141,13 @@ class TestSameNumbers:
         assert len(state["rng"]) == 2
         assert not torch.equal(state["rng"][0]["torch"], state["rng"][1]["torch"])
 
+    def test_a_teacher_knows_how_long_the_training_is(self, labelled_tiles):
+        config = config_of(labelled_tiles, method_args=TAUGHT)
+        tiles = select_tiles(config)
+        teacher = build(config, tiles)[0].teacher
+        assert teacher.steps == len(tiles) // 4 * 3
+        assert teacher.momentum_at(teacher.steps) == 1
+
     def test_a_teacher_on_two_processes(self, labelled_tiles, tmp_path):
         run_of(labelled_tiles, tmp_path / "one", method_args=TAUGHT)
         changes = {f"method_args.{name}": value for name, value in TAUGHT.items()}
