@@ -28,6 +28,8 @@ from ssmamba_models.evaluation.tasks import parse_task
 from ssmamba_models.output import whole_file
 
 ONE_SCALE = ((1,), (1,), (1,), (1,))
+TEACHER = {"alignment": "teacher", "cross_weight": 1.0}
+STAIN = {"stain": 0.2, "jitter": 0.2, "gray": 0.1}
 
 # Name -> what differs from the first: (model_args, method_args, view_args, other settings).
 RUNS = {
@@ -37,6 +39,12 @@ RUNS = {
     "cosine_alignment": ({}, {"alignment": "cosine", "cross_weight": 0.1}, {}, {}),
     "no_color": ({}, {"color_weight": 0.0}, {}, {}),
     "mask_75": ({}, {}, {"mask_ratio": 0.75}, {}),
+    "stain": ({}, {}, STAIN, {}),
+    "teacher": ({}, TEACHER, {}, {}),
+    "teacher_stain": ({}, TEACHER, STAIN, {}),
+    "features": ({}, {"feature_weight": 1.0}, {}, {}),
+    "cross_features": ({}, {"cross_feature_weight": 1.0}, {}, {}),
+    "local": ({}, {**TEACHER, "local_weight": 0.5}, {"local_crops": 2}, {}),
     "one_scale": ({"scales": ONE_SCALE}, {}, {}, {}),
     "silent_init": ({"scan_init": "silent"}, {}, {}, {}),
     "silent_init_hold": ({"scan_init": "silent"}, {"masked_state": "hold"}, {}, {}),

@@ -24,7 +24,7 @@ class Method:
         module: (encoder, **method_args) -> module with `.encoder`; it maps a batch of views to a dict with "loss", and
             may have `reconstruct(batch)` -> dict of images (B, 3, S, S) in 0..1, and `start_step(epochs done, steps
             done)`, called before each step. One that takes `manifest` (the `SpatialTiles`) gets batches with `index`,
-            and one that takes `seed` the training's.
+            and one that takes `seed` or `steps` the training's seed or number of steps.
         views: (img_size=..., mean=..., std=..., **view_args) -> (PIL image, torch.Generator) -> dict of tensors.
         defaults: settings of a training that the method wants other than `TrainConfig` has them.
     """
@@ -50,7 +50,7 @@ METHODS = {
     ),
 }
 
-_BOUND = ("encoder", "manifest", "seed", "img_size", "mean", "std")
+_BOUND = ("encoder", "manifest", "seed", "steps", "img_size", "mean", "std")
 
 
 def get_method(name: str) -> Method:
@@ -74,7 +74,7 @@ def complete_view_args(method: Method, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def create_module(method: Method, method_args: dict[str, Any], **bound: Any) -> nn.Module:
-    """The method's module; of `bound` (encoder, manifest, seed) it gets what it takes."""
+    """The method's module; of `bound` (encoder, manifest, seed, steps) it gets what it takes."""
     return method.module(**method_args, **_taken(method.module, bound))
 
 

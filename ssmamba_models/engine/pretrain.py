@@ -140,7 +140,8 @@ def build(config: PretrainConfig, tiles: LabelledTiles) -> tuple[nn.Module, Seed
     # Weights depend on the seed, whatever ran before in this process.
     with seeded(config.seed):
         encoder = create_network(config)
-        module = create_module(method, config.method_args, encoder=encoder, manifest=tiles, seed=config.seed)
+        bound = {"encoder": encoder, "manifest": tiles, "seed": config.seed, "steps": _steps(config, tiles)}
+        module = create_module(method, config.method_args, **bound)
     statistics = resolve_model_data_config(encoder)
     views = create_views(
         method,
@@ -151,6 +152,10 @@ def build(config: PretrainConfig, tiles: LabelledTiles) -> tuple[nn.Module, Seed
         std=statistics["std"],
     )
     return module, SeededTiles(tiles, views, config.seed, indexed=method.spatial)
+
+
+def _steps(config: PretrainConfig, tiles: LabelledTiles) -> int:
+    return max(1, len(tiles) // config.batch_size * config.epochs)
 
 
 def _isolated(tiles: SpatialTiles) -> str:

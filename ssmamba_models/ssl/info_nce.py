@@ -9,6 +9,29 @@ from torch import Tensor
 from ssmamba_models.layers.gather_rows import gather_rows, place_of_rows
 
 
+def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of finding each query's key by cosine similarity; arguments and errors as `two_way_info_nce`.
+
+    Args:
+        queries, keys: (B, D); row i of one is the partner of row i of the other.
+        temperature: divides the cosines.
+
+    Returns:
+        A scalar: the mean over this process's queries.
+    """
+    place, rows = place_of_rows(len(queries))
+    if rows < 2:
+        raise ValueError(
+            f"a contrastive loss over {rows} tile has nothing to choose from; use a larger --batch-size or fewer parts "
+            "(--accumulate), or another loss (MAMIM: --set method_args.alignment=cosine)"
+        )
+    partner = torch.arange(place, place + len(queries), device=queries.device)
+    # Products in bfloat16 would leave two digits of a cosine, which the temperature then magnifies.
+    with torch.autocast(queries.device.type, enabled=False):
+        queries, keys = F.normalize(queries.float(), dim=-1), F.normalize(keys.float(), dim=-1)
+        return F.cross_entropy(queries @ gather_rows(keys).T / temperature, partner)
+
+
 def two_way_info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     """Cross-entropy of finding each row's partner by cosine similarity, first to second and second to first.
 
@@ -27,16 +50,4 @@ def two_way_info_nce(first: Tensor, second: Tensor, temperature: float) -> Tenso
 
     Source: InfoNCE, arXiv:1807.03748, eq. 4.
     """
-    place, rows = place_of_rows(len(first))
-    if rows < 2:
-        raise ValueError(
-            f"a contrastive loss over {rows} tile has nothing to choose from; use a larger --batch-size or fewer parts "
-            "(--accumulate), or another loss (MAMIM: --set method_args.alignment=cosine)"
-        )
-    first, second = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
-    partner = torch.arange(place, place + len(first), device=first.device)
-    # Products in bfloat16 would leave two digits of a cosine, which the temperature then magnifies.
-    with torch.autocast(first.device.type, enabled=False):
-        forth = F.cross_entropy(first @ gather_rows(second).T / temperature, partner)
-        back = F.cross_entropy(second @ gather_rows(first).T / temperature, partner)
-    return (forth + back) / 2
+    return (info_nce(first, second, temperature) + info_nce(second, first, temperature)) / 2

@@ -12,7 +12,17 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from pretrain_cases import QUICK, Noisy, PlainViews, assert_same_weights, config_of, curve_of, log_of, run_of
+from pretrain_cases import (
+    QUICK,
+    Noisy,
+    PlainViews,
+    assert_same_weights,
+    config_of,
+    curve_of,
+    log_of,
+    run_of,
+    weights_of,
+)
 
 from ssmamba_models.engine import methods
 from ssmamba_models.engine import pretrain as pretrain_module
@@ -24,6 +34,16 @@ from ssmamba_models.engine.weights import load_weights
 for package in ("accelerate", "tensorboard", "yaml"):
     pytest.importorskip(package, reason="training needs the [train] extra")
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# The terms of MAMIM that have a teacher.
+TAUGHT = {
+    "alignment": "teacher",
+    "feature_weight": 0.5,
+    "cross_feature_weight": 0.5,
+    "cell_size": 16,
+    "teacher_momentum": 0.7,
+}
 
 
 class TestRunFolder:
@@ -121,6 +141,21 @@ class TestSameNumbers:
         assert len(state["rng"]) == 2
         assert not torch.equal(state["rng"][0]["torch"], state["rng"][1]["torch"])
 
+    def test_a_teacher_knows_how_long_the_training_is(self, labelled_tiles):
+        config = config_of(labelled_tiles, method_args=TAUGHT)
+        tiles = select_tiles(config)
+        teacher = build(config, tiles)[0].teacher
+        assert teacher.steps == len(tiles) // 4 * 3
+        assert teacher.momentum_at(teacher.steps) == 1
+
+    def test_a_teacher_on_two_processes(self, labelled_tiles, tmp_path):
+        run_of(labelled_tiles, tmp_path / "one", method_args=TAUGHT)
+        changes = {f"method_args.{name}": value for name, value in TAUGHT.items()}
+        launch(labelled_tiles, tmp_path / "two", processes=2, **changes)
+        names = ("step", "loss", "feature", "cross_feature", "cross", "grad_norm")
+        for two, one in zip(curve_of(tmp_path / "two", names), curve_of(tmp_path / "one", names)):
+            assert two == pytest.approx(one, rel=2e-3)
+
 
 def command_of(data, out, *options, **changes):
     settings = [f"--set={name}={value}" for name, value in {**QUICK, **changes}.items()]
@@ -176,6 +211,31 @@ class TestResume:
         assert_same_weights(tmp_path / "run", tmp_path / "whole")
         means = [[line["loss"] for line in log_of(tmp_path / name, "epoch")] for name in ("run", "whole")]
         assert means[0] == means[1]
+
+    def test_a_teacher_goes_on_bit_for_bit(self, labelled_tiles, tmp_path, stop_after):
+        settings = {
+            "method_args": {**TAUGHT, "local_weight": 0.3},
+            "view_args": {"local_crops": 1, "stain": 0.2, "jitter": 0.1, "gray": 0.3},
+        }
+        run_of(labelled_tiles, tmp_path / "whole", **settings)
+        whole_again = stop_after(3)
+        stopped = run_of(labelled_tiles, tmp_path / "run", **settings)
+        assert stopped.step == 3
+        whole_again()
+        run_of(labelled_tiles, tmp_path / "run", resume=True, **settings)
+        names = ("step", "loss", "feature", "cross_feature", "cross", "local", "grad_norm")
+        assert curve_of(tmp_path / "run", names) == curve_of(tmp_path / "whole", names)
+        states = [
+            torch.load(tmp_path / name / "checkpoints" / "step-00000006.pt", weights_only=True)["module"]
+            for name in ("run", "whole")
+        ]
+        taught = [name for name in states[0] if name.startswith("teacher.copies.encoder.")]
+        assert taught
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        assert not all(torch.equal(states[0][name], states[0][name.removeprefix("teacher.copies.")]) for name in taught)
+        # The exported weights are the student's.
+        exported = weights_of(tmp_path / "run")
+        assert all(torch.equal(value, states[0][f"encoder.{name}"]) for name, value in exported.items())
 
     def test_lines_after_the_checkpoint_are_not_doubled(self, unbroken, labelled_tiles, tmp_path):
         shutil.copytree(unbroken[0], tmp_path / "run")

@@ -5,9 +5,9 @@ import math
 import pytest
 import timm
 import torch
+from mamim_cases import hide, make, make_batch
 from torch import nn
 
-from ssmamba_models.data.synthetic import synthetic_he
 from ssmamba_models.ssl.info_nce import two_way_info_nce
 from ssmamba_models.ssl.mamim import MAMIM, feature_spread, patch_color
 from ssmamba_models.ssl.mamim_views import MamimViews
@@ -15,25 +15,11 @@ from ssmamba_models.ssl.mamim_views import MamimViews
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def make(model="test_ssmamba", scan_init="silent", **arguments):
-    torch.manual_seed(0)
-    return MAMIM(timm.create_model(model, scan_init=scan_init), **({"cell_size": 16, "decoder_dim": 32} | arguments))
-
-
-def make_batch(count=4, img_size=64, cell_size=16):
-    views = MamimViews(img_size, cell_size)
-    drawn = [views(synthetic_he(96, seed=i), torch.Generator().manual_seed(i)) for i in range(count)]
-    return {name: torch.stack([view[name] for view in drawn]) for name in drawn[0]}
-
-
-def hide(batch, view, cell=16):
-    mask = batch[f"{view}_mask"].repeat_interleave(cell, 1).repeat_interleave(cell, 2)
-    return mask[:, None].expand_as(batch[view])
-
-
 def test_the_loss_is_the_weighted_sum_of_its_parts():
     out = make(cross_weight=0.3, color_weight=0.7)(make_batch())
-    assert set(out) == {"loss", "low", "high", "color", "cross", "feature_cosine", "feature_rank"}
+    parts = {"low", "high", "color", "feature", "cross_feature", "cross", "local"}
+    assert set(out) == {"loss", *parts, "feature_cosine", "feature_rank"}
+    assert out["feature"] == out["cross_feature"] == out["local"] == 0
     torch.testing.assert_close(out["loss"], out["low"] + out["high"] + 0.7 * out["color"] + 0.3 * out["cross"])
     assert not any(out[name].requires_grad for name in ("feature_cosine", "feature_rank"))
 
@@ -247,7 +233,7 @@ def test_the_contrast_is_computed_in_float32_under_autocast():
         ({"cross_weight": math.nan}, "cross_weight is nan"),
         ({"color_weight": math.nan}, "color_weight is nan"),
         ({"temperature": math.nan}, "temperature is nan"),
-        ({"alignment": "none"}, "contrast, cosine"),
+        ({"alignment": "none"}, "contrast, cosine, teacher"),
         ({"decoder_depth": -1}, "decoder_depth"),
     ],
 )

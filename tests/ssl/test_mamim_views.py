@@ -115,3 +115,63 @@ def test_tissue_keeps_its_shape_on_oblong_tiles():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         MamimViews(**({"img_size": 64, "cell_size": 16} | arguments))
+
+
+@given(st.integers(0, 2**32))
+def test_local_views_lie_in_the_low_view_and_have_the_share_asked_for(seed):
+    views = draw(seed, local_crops=3, local_size=48, local_area=(0.1, 0.4))
+    assert views["local"].shape == (3, 3, 48, 48)
+    low = views["low"][:2].flatten(1)
+    spans = (low.max(1).values - low.min(1).values).mean()
+    for local in views["local"][:, :2].flatten(2):
+        assert (local.min(1).values >= low.min(1).values - 0.02).all()
+        assert (local.max(1).values <= low.max(1).values + 0.02).all()
+        share = ((local.max(1).values - local.min(1).values).mean() / spans) ** 2
+        assert 0.1 * 0.8 <= share <= 0.4 * 1.15  # the outermost pixels' centres lie inside
+
+
+def test_local_views_differ_in_place_size_and_turn():
+    local = draw(0, local_crops=20, local_size=32)["local"]
+    means = local[:, :2].mean((2, 3))
+    assert means.std(0).min() > 0.02
+    both = local[:, :2].sum(1)  # rises along x and along y
+    slopes = {(bool(view[0, 0] < view[0, -1]), bool(view[0, 0] < view[-1, 0])) for view in both}
+    assert len(slopes) == 4
+
+
+def test_without_local_views_there_are_none():
+    assert "local" not in draw(0)
+
+
+def test_stain_and_colour_change_no_place_and_no_mask():
+    plain, colored = draw(3), draw(3, stain=0.3, jitter=0.2)
+    for name in ("low_mask", "high_mask", "theta"):
+        assert torch.equal(plain[name], colored[name])
+    for name in ("low", "high"):
+        assert (plain[name] - colored[name]).abs().mean() > 0.005
+
+
+def test_each_view_has_a_stain_of_its_own():
+    """Of a flat tile two views differ by their stain alone."""
+    flat = Image.new("RGB", (96, 96), (180, 120, 160))
+    views = draw(0, flat, stain=0.3, local_crops=2)
+    colors = torch.stack([views["low"], views["high"], *views["local"][:, :, :64, :64]]).mean((2, 3))
+    assert torch.pdist(colors).min() > 0.005
+    assert torch.pdist(torch.stack([draw(0, flat)[name].mean((1, 2)) for name in ("low", "high")])) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stain": 1.0}, "stain is 1.0"),
+        ({"jitter": -1.0}, "jitter is -1.0"),
+        ({"gray": 2.0}, "gray is 2.0"),
+        ({"local_crops": -1}, "local_crops is -1"),
+        ({"local_size": 0}, "local_size is 0"),
+        ({"local_area": (0.5, 0.2)}, "local_area is"),
+        ({"local_area": (0.1, 1.5)}, "local_area is"),
+    ],
+)
+def test_bad_colours_and_local_views_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        draw(0, **arguments)
