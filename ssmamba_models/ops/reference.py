@@ -166,3 +166,28 @@ def residual_mlp(
     h = _layer_norm(x, norm_weight, norm_bias, eps) @ weight1.T + bias1
     active = h * (1 + torch.erf(h / 2**0.5)) / 2
     return (x + scale * (active @ weight2.T + bias2)).to(out_dtype)
+
+
+def pool(x: Tensor, scale: int) -> Tensor:
+    """Means over windows of scale x scale tokens, cut off at the border: the map of DMS's coarser scales.
+
+    Shape: (B, H, W, C) -> (B, ceil(H / scale), ceil(W / scale), C).
+    """
+    rows = [x[:, i : i + scale] for i in range(0, x.shape[1], scale)]
+    windows = [[row[:, :, j : j + scale].mean((1, 2)) for j in range(0, x.shape[2], scale)] for row in rows]
+    return torch.stack([torch.stack(row, 1) for row in windows], 1)
+
+
+def upsample(x: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear interpolation between the centres of tokens: a scale's result at full resolution.
+
+    Shape: (B, h, w, C) -> (B, height, width, C).
+    """
+    for axis, size in ((1, height), (2, width)):
+        small = x.shape[axis]
+        place = ((torch.arange(size, dtype=torch.float64) + 0.5) * small / size - 0.5).clamp(min=0)
+        low = place.long().clamp(max=small - 1)
+        high = (low + 1).clamp(max=small - 1)
+        share = (place - low).to(x.dtype).view(-1, *[1] * (3 - axis))
+        x = x.index_select(axis, low) * (1 - share) + x.index_select(axis, high) * share
+    return x
