@@ -172,6 +172,18 @@ def test_a_forked_child_computes_the_same(threads, count):
     child.join()
 
 
+@torch.no_grad()
+def test_what_overflows_is_no_number_as_in_the_model():
+    """Diverged weights must not look like features of zeros."""
+    model = small()
+    for parameter in model.parameters():
+        parameter += 10 * parameter.sign()
+    x = images(2, 3, 64, 64)
+    for result, wanted in zip(maps(PlannedSSMamba(model), x), maps(model, x)):
+        assert not (result.isfinite() & ~wanted.isfinite()).any()
+    assert not wanted.isfinite().all()
+
+
 def test_it_has_the_methods_of_the_model():
     model = small(num_classes=7)
     fast, x = PlannedSSMamba(model), images(2, 3, 64, 64)

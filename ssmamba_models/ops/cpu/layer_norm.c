@@ -35,7 +35,9 @@ INLINE float centre(float *out, const void *x, ptrdiff_t at, int64_t width, floa
     out[i] = value;
     squares += value * value;
   }
-  return 1.0f / __builtin_sqrtf(squares / (float)width + eps);
+  const float variance = squares / (float)width;
+  /* A variance beyond float32 makes NaN, as in torch, and not zeros. */
+  return 1.0f / __builtin_sqrtf(variance + eps) + (variance - variance);
 }
 
 INLINE void norm_rows(const NormArgs *a, int64_t first, int64_t last, float *z, const int dtype) {

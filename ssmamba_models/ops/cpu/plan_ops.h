@@ -263,7 +263,9 @@ INLINE Moments moments(const float *x, int64_t width, double eps) {
   for (int64_t j = 0; j < whole; j += LANES) LANEWISE lanes[i] += (x[j + i] - mean) * (x[j + i] - mean);
   sum = sum_lanes(lanes);
   for (int64_t j = whole; j < width; j++) sum += (x[j] - mean) * (x[j] - mean);
-  return (Moments){mean, 1.0f / __builtin_sqrtf(sum / (float)width + (float)eps)};
+  const float variance = sum / (float)width;
+  /* A variance beyond float32 makes NaN, as in torch, and not zeros. */
+  return (Moments){mean, 1.0f / __builtin_sqrtf(variance + (float)eps) + (variance - variance)};
 }
 
 /* (x - mean) / deviation, as a row of a product's left side. */
