@@ -89,7 +89,7 @@ def test_the_version_is_that_of_the_metadata():
 
 
 def test_what_the_package_offers():
-    assert set(ssmamba_models.__all__) == {"__version__", "backends", "create_model", "list_models"}
+    assert set(ssmamba_models.__all__) == {"__version__", "backends", "create_model", "list_models", "optimize"}
     assert all(hasattr(ssmamba_models, name) for name in ssmamba_models.__all__)
 
 

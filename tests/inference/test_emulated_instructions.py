@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import images, small
+from planned_cases import images, small
 
 import ssmamba_models.ops.cpu
 from ssmamba_models.inference.planned import PlannedSSMamba

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from conftest import images, small
+from planned_cases import images, small
 from timm.layers import LayerNorm
 from torch import nn
 
@@ -13,7 +13,7 @@ from ssmamba_models.inference import AutocastModel, OptimizeError, optimize, pla
 from ssmamba_models.inference.planned import PlannedSSMamba
 from ssmamba_models.ops import dispatch
 
-needs_c = pytest.mark.skipif(bool(dispatch._missing("c")[0]), reason="the C kernels were not built")
+needs_c = pytest.mark.skipif(not dispatch.is_served_by("c", "cpu"), reason="the C kernels were not built")
 
 
 @needs_c

@@ -9,15 +9,15 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import images, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planned_cases import images, small
 
 from ssmamba_models.inference.planned import PlannedSSMamba
 from ssmamba_models.ops import dispatch
 from ssmamba_models.ops.cpu import plan
 
-pytestmark = pytest.mark.skipif(bool(dispatch._missing("c")[0]), reason="the C kernels were not built")
+pytestmark = pytest.mark.skipif(not dispatch.is_served_by("c", "cpu"), reason="the C kernels were not built")
 SETS = [s.name for s in plan.instruction_sets() if s.usable]
 every_set = pytest.mark.parametrize("instructions", SETS)
 
