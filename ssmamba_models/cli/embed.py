@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ssmamba_models.cli.options import pool_option, precision_option, printable
+from ssmamba_models.cli.options import encoder_precision_option, pool_option, printable
 from ssmamba_models.engine.embed import EmbedSummary, embed_folder
 
 
@@ -21,7 +21,7 @@ from ssmamba_models.engine.embed import EmbedSummary, embed_folder
     "--workers", type=click.IntRange(0), help="Processes that decode tiles; 0: none. Default: by the machine."
 )
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
-@precision_option
+@encoder_precision_option
 @click.option(
     "--img-size", type=click.IntRange(1), help="Side of the input in pixels. Default: the checkpoint's or model's own."
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ssmamba_models.cli.options import pool_option, precision_option, printable
+from ssmamba_models.cli.options import encoder_precision_option, pool_option, printable
 from ssmamba_models.evaluation.embedding import Embedding
 from ssmamba_models.evaluation.evaluate import evaluate
 from ssmamba_models.evaluation.model_choice import parse_models
@@ -50,7 +50,7 @@ from ssmamba_models.evaluation.tasks import parse_task
     "--workers", type=click.IntRange(0), help="Processes that decode tiles; 0: none. Default: by the machine."
 )
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
-@precision_option
+@encoder_precision_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing report; features that fit are used again.")
 @click.option("--quiet", is_flag=True, help="No progress bars and no closing table.")
 @click.pass_context

@@ -46,6 +46,15 @@ def precision_option(command: Callable) -> Callable:
     return option(command)
 
 
+def encoder_precision_option(command: Callable) -> Callable:
+    """--precision, as `precision`: what an encoder of tiles computes in."""
+    from ssmamba_models.engine.device import ENCODER_PRECISIONS
+
+    text = "Of the computation; auto: bf16 on GPUs that have it; int8: our models on CPUs that have it."
+    choice = click.Choice(ENCODER_PRECISIONS)
+    return click.option("--precision", type=choice, default="fp32", show_default=True, help=text)(command)
+
+
 def check_json(path: Path | None) -> None:
     """Make sure, before a long run, that the file of --json can be written. Results of an earlier run are replaced.
 

@@ -8,6 +8,8 @@ from ssmamba_models.notice import first_line
 
 # "auto" is bf16 where a GPU computes in it, else fp32.
 PRECISIONS = ("auto", "fp32", "bf16")
+# What an encoder that only makes features computes in. "int8": an SSMamba on a CPU (see `inference.optimize`).
+ENCODER_PRECISIONS = (*PRECISIONS, "int8")
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -36,3 +38,16 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16"
+
+
+def encoder_dtype(precision: str, device: torch.device) -> str:
+    """What an encoder computes in, as `inference.optimize` names it: "float32", "bfloat16" or "int8".
+
+    Raises:
+        ValueError: no such precision.
+    """
+    if precision not in ENCODER_PRECISIONS:
+        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(ENCODER_PRECISIONS)}")
+    if precision == "int8":
+        return "int8"
+    return "bfloat16" if use_bf16(precision, device) else "float32"

@@ -17,6 +17,7 @@ from planned_cases import images, small
 from timm.data import create_transform, resolve_model_data_config
 
 import ssmamba_models.ops.cpu
+from ssmamba_models.engine.encoder import load_encoder
 from ssmamba_models.inference.planned import PlannedSSMamba
 from ssmamba_models.ops.cpu import library, plan
 
@@ -149,6 +150,15 @@ def test_int8_with_odd_inputs():
         assert model(x).isnan().any(1).tolist() == [False, True, False]
 
 
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.filterwarnings("ignore::ssmamba_models.engine.encoder.RandomWeightsWarning")
+def test_provenance_names_int8():
+    encoder = load_encoder("test_ssmamba", device="cpu", precision="int8", img_size=32)
+    found = encoder.provenance()
+    assert (found["dtype"], found["plan"]) == ("int8", "fused, amx_bf16, amx_int8")
+    assert encoder.embed(images(2, 3, 32, 32)).shape == (2, encoder.embed_dim)
+
+
 PRODUCT = """
 #include "plan_%s.c"
 TARGET("avx2,fma,bmi,bmi2,f16c")
@@ -177,7 +187,7 @@ def test_products_of_integers_are_exact(name, tmp_path):
     subprocess.run([*command, "-o", str(tmp_path / "product.so")], check=True, capture_output=True)
     product = ctypes.CDLL(str(tmp_path / "product.so")).product
     instructions = next(s for s in plan.instruction_sets() if s.name == name)
-    scratch = torch.zeros(2**22, dtype=torch.uint8)
+    scratch = torch.full((2**22,), 77, dtype=torch.uint8)  # whatever lies there
     start = -scratch.data_ptr() % 64
     generator = torch.Generator().manual_seed(0)
     for rows, k, n in [(1, 1, 1), (3, 5, 7), (14, 64, 32), (33, 100, 45), (70, 513, 33), (5, 1030, 16)]:
