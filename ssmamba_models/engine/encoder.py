@@ -121,8 +121,8 @@ def load_encoder(
         device: "cpu", "cuda", "cuda:1", ...; None takes a GPU where there is one.
         precision: "fp32", "bf16", "int8", or "auto": bf16 where a GPU computes in it. In bf16, features are good to
             about 2 digits. It is faster on a CPU with AVX512-BF16 or AMX; on others an ssmamba model takes as long as
-            in fp32, any other model several times as long. int8 is for ssmamba models on a CPU that multiplies int8 (see
-            `inference.optimize`).
+            in fp32, any other model several times as long. int8 is for ssmamba models on a CPU that multiplies it
+            (see `inference.optimize`).
         img_size: side of the square input in pixels; None takes the size that the checkpoint's run was
             trained at, where the file says one, else the model's own.
         seed: makes random weights the same in each run; unused where weights are loaded.
