@@ -280,22 +280,26 @@ typedef struct {
   const Left *left; /* of GELU */
 } Out;
 
-/* Sixteen sums of row `row` as floats, from `column` of the weights on. */
-INLINE void read_totals(float *y, const total *c, const Left *a, int64_t row, const Linear *w, int64_t column) {
+/* Sixteen sums of row `row` as floats, from `column` of the weights on: `sums` where they are not floats already. */
+INLINE const float *read_totals(float *sums, const total *c, const Left *a, int64_t row, const Linear *w,
+                                int64_t column) {
 #if PRODUCTS == BYTES
   const RowFacts facts = a->facts[row];
   const float *scales = w->scale + column;
-  LANEWISE y[i] = (float)(c[i] - facts.excess) * (facts.scale * scales[i]);
+  LANEWISE sums[i] = (float)(c[i] - facts.excess) * (facts.scale * scales[i]);
+  return sums;
 #else
-  (void)a, (void)row, (void)w, (void)column;
-  memcpy(y, c, LANES * sizeof(float));
+  (void)sums, (void)a, (void)row, (void)w, (void)column;
+  return c;
 #endif
 }
 
-/* Sixteen results of row `row`, from column `column` on. */
-INLINE void finish_block(float *y, int64_t row, int64_t column, const int kind, const Out *out) {
+/* Sixteen sums of row `row`, from column `column` of the results on. */
+INLINE void finish_block(const float *c, int64_t row, int64_t column, const int kind, const Out *out) {
   const float *bias = out->bias;
-  if (bias) LANEWISE y[i] += bias[column + i];
+  float y[LANES];
+  if (bias) LANEWISE y[i] = c[i] + bias[column + i];
+  else LANEWISE y[i] = c[i];
   if (kind == GELU) {
     LANEWISE y[i] = activate_gelu(y[i]);
     put(out->left, row, column, y); /* the padding too: GELU(0) is 0 */
@@ -330,9 +334,9 @@ INLINE void multiply(const Left *a, int64_t rows, const Linear *w, int64_t k_beg
       const int64_t filled = min64(MR, rows - row);
       for (int64_t r = 0; r < filled; r++)
         for (int64_t j = 0; j < PANEL; j += LANES) {
-          float y[LANES];
-          read_totals(y, c + r * PANEL + j, a, row + r, w, panel * PANEL + j);
-          finish_block(y, row + r, (panel - first) * PANEL + j, kind, out);
+          float sums[LANES];
+          const float *read = read_totals(sums, c + r * PANEL + j, a, row + r, w, panel * PANEL + j);
+          finish_block(read, row + r, (panel - first) * PANEL + j, kind, out);
         }
     }
   }
