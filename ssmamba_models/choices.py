@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # What a model computes in. "auto" is bf16 where a GPU computes in it, else fp32.
 PRECISIONS = ("auto", "fp32", "bf16")
+# What an encoder that only makes features computes in. "int8": an SSMamba on a CPU (see `inference.optimize`).
+ENCODER_PRECISIONS = (*PRECISIONS, "int8")
 # How many of the last maps a pool takes. "model": what the model's own head gives. The others: see
 # `ssmamba_models.engine.feature_pool.pool_features`.
 POOLS = {"model": 1, "mean_std": 1, "mean_std_last2": 2, "mean_std_last4": 4}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ssmamba_models.cli.options import pool_option, precision_option, printable, threads_option
+from ssmamba_models.cli.options import encoder_precision_option, pool_option, printable, threads_option
 
 if TYPE_CHECKING:
     from ssmamba_models.engine.embed import EmbedSummary
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 )
 @threads_option
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
-@precision_option
+@encoder_precision_option
 @click.option(
     "--img-size", type=click.IntRange(1), help="Side of the input in pixels. Default: the checkpoint's or model's own."
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ssmamba_models.cli.options import pool_option, precision_option, printable, threads_option
+from ssmamba_models.cli.options import encoder_precision_option, pool_option, printable, threads_option
 
 
 @click.command()
@@ -46,7 +46,7 @@ from ssmamba_models.cli.options import pool_option, precision_option, printable,
 )
 @threads_option
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
-@precision_option
+@encoder_precision_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing report; features that fit are used again.")
 @click.option("--quiet", is_flag=True, help="No progress bars and no closing table.")
 @click.pass_context

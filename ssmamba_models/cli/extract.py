@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ssmamba_models.choices import ENGINES, FEATURE_DTYPES
-from ssmamba_models.cli.options import pool_option, precision_option
+from ssmamba_models.cli.options import encoder_precision_option, pool_option
 from ssmamba_models.cli.slide_jobs import (
     job_options,
     places,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", "dry", is_flag=True, help="Count tiles and estimate the time; write nothing.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Tiles per forward pass.")
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: a GPU where there is one.")
-@precision_option
+@encoder_precision_option
 @click.option("--img-size", type=click.IntRange(1), help="Side of the model's input. Default: its own.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of weights and bags.")
 @click.option("--engine", type=click.Choice(ENGINES), default="local", show_default=True, help="ray: on a Ray cluster.")

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ssmamba_models.benchmark.report import write_json
-from ssmamba_models.choices import POOLS, PRECISIONS
+from ssmamba_models.choices import ENCODER_PRECISIONS, POOLS, PRECISIONS
 from ssmamba_models.output import check_output
 from ssmamba_models.threads import start_with_threads
 
@@ -54,6 +54,13 @@ def _start_with(ctx: click.Context, param: click.Parameter, threads: int | None)
     if threads is not None and not ctx.resilient_parsing:
         start_with_threads(threads)
     return threads
+
+
+def encoder_precision_option(command: Callable) -> Callable:
+    """--precision, as `precision`: what an encoder of tiles computes in."""
+    text = "Of the computation; auto: bf16 on GPUs that have it; int8: our models on CPUs that have it."
+    choice = click.Choice(ENCODER_PRECISIONS)
+    return click.option("--precision", type=choice, default="fp32", show_default=True, help=text)(command)
 
 
 def check_json(path: Path | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ssmamba_models.choices import PRECISIONS
+from ssmamba_models.choices import ENCODER_PRECISIONS, PRECISIONS
 from ssmamba_models.notice import first_line
 
 
@@ -34,3 +34,16 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16"
+
+
+def encoder_dtype(precision: str, device: torch.device) -> str:
+    """What an encoder computes in, as `inference.optimize` names it: "float32", "bfloat16" or "int8".
+
+    Raises:
+        ValueError: no such precision.
+    """
+    if precision not in ENCODER_PRECISIONS:
+        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(ENCODER_PRECISIONS)}")
+    if precision == "int8":
+        return "int8"
+    return "bfloat16" if use_bf16(precision, device) else "float32"

@@ -17,7 +17,7 @@ from timm.models import get_pretrained_cfg, is_model
 from torch import nn
 
 from ssmamba_models._version import __version__
-from ssmamba_models.engine.device import resolve_device, use_bf16
+from ssmamba_models.engine.device import encoder_dtype, resolve_device
 from ssmamba_models.engine.feature_pool import PoolError, check_pool, pool_features
 from ssmamba_models.engine.rng import seeded
 from ssmamba_models.engine.weight_facts import WeightFacts, weight_facts
@@ -51,7 +51,7 @@ class Encoder:
         data_config: what the transform was made from (input_size, mean, std, interpolation, crop_pct,
             crop_mode).
         device: where the model is.
-        bf16: whether `runner` computes in bfloat16.
+        dtype: what `runner` computes in, "float32", "bfloat16" or "int8".
         weights: the origin of the weights, as file attributes (pretrained_tag, checkpoint, seed).
         pool: how a map becomes a vector (see `engine.feature_pool`).
     """
@@ -63,7 +63,7 @@ class Encoder:
     transform: Callable
     data_config: Mapping[str, Any]
     device: torch.device
-    bf16: bool
+    dtype: str
     weights: Mapping[str, Any]
     pool: str = "model"
 
@@ -90,7 +90,7 @@ class Encoder:
             "weights_sha256": weights_sha256(self.model),
             **{key: self.data_config[key] for key in ("input_size", "mean", "std", "interpolation")},
             **{key: self.data_config[key] for key in ("crop_pct", "crop_mode")},
-            "dtype": "bfloat16" if self.bf16 else "float32",
+            "dtype": self.dtype,
             "device": self.device.type,
             "plan": plan_of(self.runner),
             "ssmamba_models_version": __version__,
@@ -119,9 +119,10 @@ def load_encoder(
         checkpoint: load the weights of this file (.safetensors, .pth, .pt or .bin), or of the folder of a
             run of `ssmamba pretrain` or `ssmamba finetune`, instead.
         device: "cpu", "cuda", "cuda:1", ...; None takes a GPU where there is one.
-        precision: "fp32", "bf16", or "auto": bf16 where a GPU computes in it. In bf16, features are good to about 2
-            digits. It is faster on a CPU with AVX512-BF16 or AMX; on others an ssmamba model takes as long as in fp32,
-            any other model several times as long.
+        precision: "fp32", "bf16", "int8", or "auto": bf16 where a GPU computes in it. In bf16, features are good to
+            about 2 digits. It is faster on a CPU with AVX512-BF16 or AMX; on others an ssmamba model takes as long as
+            in fp32, any other model several times as long. int8 is for ssmamba models on a CPU that multiplies it
+            (see `inference.optimize`).
         img_size: side of the square input in pixels; None takes the size that the checkpoint's run was
             trained at, where the file says one, else the model's own.
         seed: makes random weights the same in each run; unused where weights are loaded.
@@ -163,8 +164,8 @@ def load_encoder(
     # Convolutions run up to a quarter faster on channels-last memory, and nothing measured runs slower.
     network = network.eval().requires_grad_(False).to(place, memory_format=torch.channels_last)
     data_config, transform = _input_transform(network, model, img_size)
-    bf16 = use_bf16(precision, place)
-    runner = optimized_or_eager(network, "bfloat16" if bf16 else "float32", model)
+    dtype = encoder_dtype(precision, place)
+    runner = optimized_or_eager(network, dtype, model)
     return Encoder(
         model=network,
         runner=runner,
@@ -173,7 +174,7 @@ def load_encoder(
         transform=transform,
         data_config=data_config,
         device=place,
-        bf16=bf16,
+        dtype=dtype,
         weights=_describe_weights(network, pretrained, source, seed),
         pool=pool,
     )

@@ -79,6 +79,6 @@ def color_histogram_encoder(img_size: int | None = None) -> Encoder:
         transform=create_transform(**config, is_training=False),
         data_config=config,
         device=torch.device("cpu"),
-        bf16=False,
+        dtype="float32",
         weights={"weights": "none", "pretrained_tag": "none"},
     )

@@ -33,18 +33,24 @@ class PlannedSSMamba(nn.Module):
     activations, the scan's states and the residual stream are float32. A CPU without bfloat16 products multiplies in
     float32.
 
+    With int8, the linear layers of blocks (W_in, W_out, the MLP) multiply int8 instead, with int32 sums: weights by
+    a scale of each output, their inputs by one of each token (in the MLP's hidden layer of each token and 512 columns).
+    Everything else is as with bfloat16: convolutions of int8 would alone take the features' cosine to float32 below
+    0.998, and the scans' projections are small.
+
     Args:
         model: an SSMamba in eval mode; weights are copied.
-        precision: "float32" or "bfloat16".
+        precision: "float32", "bfloat16" or "int8".
         memory: bytes of working memory above which threads share the work on each image; None: 1 GiB.
-        instructions: name of an instruction set; None: the best.
+        instructions: name of an instruction set, for int8 of the one that multiplies it; None: the best.
 
     Shape: as SSMamba's; results are float32.
 
     Raises:
         OptimizeError: the model cannot be represented.
         RuntimeError: called with gradients that would be lost, or there is no C library.
-        ValueError: images that are not (B, in_chans, H, W), not on the CPU, or empty; no such instruction set here.
+        ValueError: images that are not (B, in_chans, H, W), not on the CPU, or empty; no such instruction set here, or
+            none for the precision.
     """
 
     def __init__(
@@ -54,16 +60,19 @@ class PlannedSSMamba(nn.Module):
         check_representable(model)
         self.precision = precision
         self.memory = DEFAULT_MEMORY if memory is None else memory
-        self.instructions = _choose(instructions, bf16=precision == "bfloat16")
-        self.plan = f"fused, {self.instructions.name}"
+        self.linear_instructions = _choose(precision, instructions)
+        # Where products of int8 lose too much, the best that bfloat16 has.
+        self.instructions = _choose("bfloat16", None) if precision == "int8" else self.linear_instructions
+        names = [self.instructions.name, self.linear_instructions.name]
+        self.plan = ", ".join(["fused", *dict.fromkeys(names)])
         for name in _TOLD:
             if hasattr(model, name):
                 setattr(self, name, copy.deepcopy(getattr(model, name)))
         self.head = copy.deepcopy(model.head).float().requires_grad_(False)
-        self._packer = plan.Packer(self.instructions)
-        self._network = build_network(model, self._packer)
+        self._packers = plan.Packer(self.instructions), plan.Packer(self.linear_instructions)
+        self._network = build_network(model, *self._packers)
         self._stages = len(model.stages)
-        self._map_dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self._map_dtype = torch.float32 if precision == "float32" else torch.bfloat16
         self.eval()
 
     @staticmethod
@@ -83,7 +92,7 @@ class PlannedSSMamba(nn.Module):
         nn.Module.__init__(twin)
         memo[id(self)] = twin
         for name, value in self.__dict__.items():
-            shared = name in ("_packer", "_network", "instructions")
+            shared = name in ("_packers", "_network", "instructions", "linear_instructions")
             twin.__dict__[name] = value if shared else copy.deepcopy(value, memo)
         return twin
 
@@ -137,15 +146,33 @@ class PlannedSSMamba(nn.Module):
                 "an optimised model has no gradients; use torch.no_grad() or inference_mode(), or the model itself"
             )
         return plan.run_network(
-            self._network, self.instructions, self._map_dtype, x.detach().float(), wanted, self.memory
+            self._network,
+            self.instructions,
+            self.linear_instructions,
+            self._map_dtype,
+            x.detach().float(),
+            wanted,
+            self.memory,
         )
 
 
-def _choose(name: str | None, bf16: bool) -> plan.InstructionSet:
+# What products of a precision may multiply.
+_PRODUCTS = {"float32": ("float32",), "bfloat16": ("float32", "bfloat16"), "int8": ("int8",)}
+
+
+def _choose(precision: str, name: str | None) -> plan.InstructionSet:
+    usable = plan.usable_instruction_sets(_PRODUCTS[precision])
+    if not usable:
+        known = ", ".join(s.name for s in plan.instruction_sets() if s.products == precision)
+        raise ValueError(
+            f"this CPU, or its system, has no {precision} products (it would need one of {known or 'an x86 CPU'}); "
+            'use precision "bfloat16" or "float32"'
+        )
     if name is None:
-        return plan.best_instruction_set(bf16)
-    for instructions in plan.instruction_sets():
-        if instructions.name == name and instructions.usable:
+        return usable[-1]
+    for instructions in usable:
+        if instructions.name == name:
             return instructions
-    usable = ", ".join(s.name for s in plan.instruction_sets() if s.usable)
-    raise ValueError(f"this CPU cannot run instructions {name!r}; it runs {usable}")
+    raise ValueError(
+        f"this CPU cannot run instructions {name!r}; it runs {', '.join(s.name for s in usable)} in {precision}"
+    )

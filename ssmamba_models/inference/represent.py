@@ -64,12 +64,13 @@ def _expect(name: str, module: Any, kind: type) -> None:
         raise OptimizeError(f"{name} is {type(module).__name__}, expected {kind.__name__}; {_CURE}")
 
 
-def build_network(model: Any, packer: plan.Packer) -> plan.Network:
+def build_network(model: Any, packer: plan.Packer, linears: plan.Packer) -> plan.Network:
     """Pack a checked model.
 
     Args:
         model: of which `check_representable` has nothing to say.
         packer: keeps the packed weights.
+        linears: keeps those of the blocks' linear layers (in_proj, out_proj, fc1, fc2).
 
     Raises:
         OptimizeError: a layer is not of the kind, or has not the geometry, that the operators compute.
@@ -78,7 +79,7 @@ def build_network(model: Any, packer: plan.Packer) -> plan.Network:
     _check_convolution("stem.conv1", stem.conv1)
     _expect("stem.act", stem.act, nn.GELU)
     _check_gelu("stem.act", stem.act)
-    stages = [_stage(f"stages.{i}", stage, stem, packer) for i, stage in enumerate(model.stages)]
+    stages = [_stage(f"stages.{i}", stage, stem, packer, linears) for i, stage in enumerate(model.stages)]
     if len(stages) > plan.MAX_STAGES:
         raise OptimizeError(f"the model has {len(stages)} stages, expected at most {plan.MAX_STAGES}")
     return plan.Network(
@@ -89,21 +90,21 @@ def build_network(model: Any, packer: plan.Packer) -> plan.Network:
     )  # fmt: skip
 
 
-def _stage(name: str, stage: Any, stem: Any, packer: plan.Packer) -> plan.Stage:
+def _stage(name: str, stage: Any, stem: Any, packer: plan.Packer, linears: plan.Packer) -> plan.Stage:
     if isinstance(stage.downsample, nn.Identity):
         conv, norm, where = stem.conv2, stem.norm2, "stem.conv2"
     else:
         conv, norm, where = stage.downsample.conv, stage.downsample.norm, f"{name}.downsample.conv"
     _check_convolution(where, conv)
     weight = conv.weight.detach().permute(0, 2, 3, 1).flatten(1)  # in the order of the map
-    blocks = [_block(f"{name}.blocks.{i}", block, packer) for i, block in enumerate(stage.blocks)]
+    blocks = [_block(f"{name}.blocks.{i}", block, packer, linears) for i, block in enumerate(stage.blocks)]
     return plan.Stage(
         conv.out_channels, packer.linear(weight, conv.bias), _norm(f"{where}'s norm", norm, packer),
         len(blocks), packer.array(plan.Block, blocks),
     )  # fmt: skip
 
 
-def _block(name: str, block: Any, packer: plan.Packer) -> plan.Block:
+def _block(name: str, block: Any, packer: plan.Packer, linears: plan.Packer) -> plan.Block:
     if type(block) is not FusedBlock:  # a training's, which computes the same
         _expect(name, block, architecture.Block)
     dms, mlp = block.dms, block.mlp
@@ -134,8 +135,8 @@ def _block(name: str, block: Any, packer: plan.Packer) -> plan.Block:
         packer.depthwise(block.lpr.conv.weight, block.lpr.conv.bias, residual=True),
         packer.depthwise(dms.conv.weight, dms.conv.bias, residual=False),
         block.norm1.eps, dms.norm.eps, block.norm2.eps,
-        _after(block.norm1, dms.in_proj, packer), _after(dms.norm, dms.out_proj, packer),
-        _after(block.norm2, mlp.fc1, packer), packer.linear(mlp.fc2.weight, mlp.fc2.bias),
+        _after(block.norm1, dms.in_proj, linears), _after(dms.norm, dms.out_proj, linears),
+        _after(block.norm2, mlp.fc1, linears), linears.linear(mlp.fc2.weight, mlp.fc2.bias),
         len(scans), packer.array(plan.Scan, scans),
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ssmamba_models.choices import ENGINES, FEATURE_DTYPES, POOLS, PRECISIONS
+from ssmamba_models.choices import ENCODER_PRECISIONS, ENGINES, FEATURE_DTYPES, POOLS
 from ssmamba_models.engine.encoder import Encoder, load_encoder
 from ssmamba_models.wsi.job import JobSettings
 from ssmamba_models.wsi.tile_encoder import TileEncoder
@@ -53,7 +53,8 @@ class ExtractPlan(TilingPlan):
         super().__post_init__()
         self._check_least(batch_size=1, img_size=1, num_cpus=0, num_gpus=0, max_retries=0)
         self._check_least(shared_aug=0, shared_aug_tiles=1)
-        for name, known in (("precision", PRECISIONS), ("dtype", FEATURE_DTYPES), ("engine", ENGINES), ("pool", POOLS)):
+        choices = {"precision": ENCODER_PRECISIONS, "dtype": FEATURE_DTYPES, "engine": ENGINES, "pool": POOLS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         for name in _OF_RAY:

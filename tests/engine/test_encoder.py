@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from ssmamba_models.engine.device import use_bf16
 from ssmamba_models.engine.encoder import RandomWeightsWarning, load_encoder, weights_sha256
 
 # A model of ours, which takes any size, and one with a position table.
@@ -63,6 +64,15 @@ def test_bf16_is_close_to_float32():
     assert coarse.dtype == torch.float32
     assert not torch.equal(exact, coarse)
     assert torch.nn.functional.cosine_similarity(exact, coarse).min() > 0.99
+
+
+def test_int8_never_becomes_another_precision():
+    with pytest.raises(ValueError, match="int8 is for an SSMamba"):
+        load_encoder(VIT, precision="int8", img_size=64)
+    with pytest.raises(ValueError, match="precision is 'int4', expected one of auto, fp32, bf16, int8"):
+        load_encoder(OURS, precision="int4")
+    with pytest.raises(ValueError, match="precision is 'int8', expected one of auto, fp32, bf16"):
+        use_bf16("int8", torch.device("cpu"))  # training and slides
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])

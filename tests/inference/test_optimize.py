@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import platform
 import warnings
 
 import pytest
@@ -16,6 +18,7 @@ from ssmamba_models.inference.optimize import AutocastModel
 from ssmamba_models.inference.planned import PlannedSSMamba
 from ssmamba_models.notice import SSMambaWarning
 from ssmamba_models.ops import dispatch
+from ssmamba_models.ops.cpu import plan
 
 needs_c = pytest.mark.skipif(not dispatch.is_served_by("c", "cpu"), reason="the C kernels were not built")
 
@@ -63,10 +66,27 @@ def test_other_models_run_the_best_public_way():
     assert not hasattr(fast, "no_such_method")
 
 
+def test_int8_is_refused_for_other_models():
+    with pytest.raises(OptimizeError, match=r"int8 is for an SSMamba on a CPU.* the model is VisionTransformer on cpu"):
+        optimize(timm.create_model("test_vit", num_classes=0).eval(), "int8")
+
+
+@needs_c
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86's instruction sets")
+def test_int8_on_a_cpu_without_its_products_is_an_error_that_names_them(monkeypatch):
+    sets = tuple(dataclasses.replace(s, usable=s.usable and s.products != "int8") for s in plan.instruction_sets())
+    monkeypatch.setattr(plan, "instruction_sets", lambda: sets)
+    with pytest.raises(ValueError, match=r"no int8 products .*avx_vnni, avx512_vnni, amx_int8") as caught:
+        optimize(small(), "int8")
+    assert not isinstance(caught.value, OptimizeError)  # commands must not fall back to another precision
+
+
 def test_without_the_c_kernels_a_model_stays_as_it_is(monkeypatch):
     monkeypatch.setenv(dispatch.VARIABLE, "torch")
     model = small()
     assert optimize(model) is model
+    with pytest.raises(OptimizeError, match="with the C kernels"):
+        optimize(model, "int8")
 
 
 class Doubled(nn.Linear):
@@ -142,8 +162,8 @@ def test_a_derived_class_is_refused():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="precision is 'int8', expected one of float32, bfloat16"):
-        optimize(small(), "int8")
+    with pytest.raises(ValueError, match="precision is 'int4', expected one of float32, bfloat16, int8"):
+        optimize(small(), "int4")
     with pytest.raises(ValueError, match="memory is 0"):
         optimize(small(), memory=0)
 

@@ -71,7 +71,8 @@ def test_random_shapes(tmp_path, variant):
     done = run(build(tmp_path, [*ADDRESS, *UNDEFINED], march), CASES, 0)
     assert done.returncode == 0, f"{done.stdout[-500:]}\n{done.stderr[-3000:]}"
     assert done.stdout.splitlines()[-1] == "clean"
-    assert len(done.stdout.splitlines()) == (3 * 3 + 3) * CASES + 1  # three scans in three types, three operators of a block
+    # Three scans in three types, three operators of a block.
+    assert len(done.stdout.splitlines()) == (3 * 3 + 3) * CASES + 1
 
 
 def on_this_cpu(variant):

@@ -30,7 +30,8 @@ typedef struct {
   float *maps[MAX_STAGES]; /* (batch, h, w, dim) of each stage that is wanted, else NULL; contiguous */
   int64_t stages;          /* how many to compute */
   int64_t map_dtype;
-  int64_t instructions;    /* index of the operators' table, see ssmamba_plan_tables */
+  int64_t instructions;    /* index of the operators' table, see ssmamba_plan_table */
+  int64_t linear_instructions; /* of the table of norm_linear and branches, the same if products are not of int8 */
   int64_t threads, memory; /* memory: bytes that all threads' buffers may take before they share one image's */
   char *workspace;         /* ssmamba_plan_workspace bytes */
   Crew crew;               /* zeros */
@@ -38,7 +39,7 @@ typedef struct {
 
 /* Sizes that follow from a run. */
 typedef struct {
-  const PlanOps *ops;
+  const PlanOps *ops, *linear_ops;               /* linear_ops: of norm_linear and branches */
   int64_t height[MAX_STAGES], width[MAX_STAGES]; /* of each stage's map */
   int64_t group[MAX_STAGES];                     /* images that pass through it together */
   size_t x[MAX_STAGES];                          /* bytes of its map, for a group */
@@ -91,15 +92,22 @@ static int has_avx512(void) {
 
 static int has_bf16(void) { return has_avx512() && has_features(7, 0, 1u << 5, 1); }
 
-/* Linux lets a process use tiles once it has asked. */
-static int has_amx(void) {
-  if (!has_bf16() || !has_features(7, 3, 1u << 22 | 1u << 24, 0) || (saved_by_system() & 0x60000) != 0x60000) return 0;
+static int has_avx512_vnni(void) { return has_avx512() && has_features(7, 2, 1u << 11, 0); }
+
+static int has_avx_vnni(void) { return has_avx2() && has_features(7, 0, 1u << 4, 1); }
+
+/* Tiles, with the instruction for their products. Linux lets a process use them once it has asked. */
+static int has_tiles(uint32_t products) {
+  if (!has_bf16() || !has_features(7, 3, 1u << 24 | products, 0) || (saved_by_system() & 0x60000) != 0x60000) return 0;
 #if defined(__linux__)
   return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
 #else
   return 0;
 #endif
 }
+
+static int has_amx(void) { return has_tiles(1u << 22); }
+static int has_amx_int8(void) { return has_tiles(1u << 25); }
 #endif
 
 typedef struct {
@@ -110,7 +118,7 @@ typedef struct {
 
 static int always(void) { return 1; }
 
-/* From the simplest to the best. */
+/* From the simplest to the best; those of int8 after all others. */
 static const Table TABLES[] = {
     {"generic", &ssmamba_plan_ops_generic, always},
 #if HAS_X86
@@ -119,18 +127,24 @@ static const Table TABLES[] = {
     {"avx512", &ssmamba_plan_ops_avx512, has_avx2},
     {"avx512_bf16", &ssmamba_plan_ops_bf16, has_avx2},
     {"amx_bf16", &ssmamba_plan_ops_amx, has_avx2},
+    {"avx_vnni", &ssmamba_plan_ops_avx_vnni, has_avx2},
+    {"avx512_vnni", &ssmamba_plan_ops_avx512_vnni, has_avx2},
+    {"amx_int8", &ssmamba_plan_ops_amx_int8, has_avx2},
 #else
     {"avx2", &ssmamba_plan_ops_avx2, has_avx2},
     {"avx512", &ssmamba_plan_ops_avx512, has_avx512},
     {"avx512_bf16", &ssmamba_plan_ops_bf16, has_bf16},
     {"amx_bf16", &ssmamba_plan_ops_amx, has_amx},
+    {"avx_vnni", &ssmamba_plan_ops_avx_vnni, has_avx_vnni},
+    {"avx512_vnni", &ssmamba_plan_ops_avx512_vnni, has_avx512_vnni},
+    {"amx_int8", &ssmamba_plan_ops_amx_int8, has_amx_int8},
 #endif
 #endif
 };
 
 typedef struct {
   char name[32];
-  int64_t usable, panel, k_grain, bf16;
+  int64_t usable, panel, k_grain, products;
 } TableFacts;
 
 /* What there is at `index`; returns 0 beyond the last. */
@@ -143,7 +157,7 @@ int64_t ssmamba_plan_table(TableFacts *facts, int64_t index, int64_t unused) {
   facts->usable = table->usable();
   facts->panel = table->ops->panel;
   facts->k_grain = table->ops->k_grain;
-  facts->bf16 = table->ops->bf16;
+  facts->products = table->ops->products;
   return 1;
 }
 
@@ -152,24 +166,33 @@ int64_t ssmamba_plan_table(TableFacts *facts, int64_t index, int64_t unused) {
 static int64_t slabs(int64_t k) { return ceil_div(k, SLAB); }
 
 /* Rows of a product's block at most: as many as fit into half the cache, `row_bytes` each beside the left side. */
-static int64_t most_rows(const Sizes *s, int64_t k, size_t row_bytes) {
-  const int64_t rows = s->cache / 2 / (slabs(k) * s->ops->slab_row + (int64_t)row_bytes), tile = s->ops->row_tile;
+static int64_t most_rows(const Sizes *s, const PlanOps *ops, int64_t k, size_t row_bytes) {
+  const int64_t rows = s->cache / 2 / (slabs(k) * ops->slab_row + (int64_t)row_bytes), tile = ops->row_tile;
   return most(least(rows, 256) / tile * tile, tile);
 }
 
 /* The same for so many tokens: shares of a size, no small rest, and tasks for all threads. */
-static int64_t block_rows(const Sizes *s, const Run *run, int64_t tokens, int64_t k, size_t row_bytes) {
-  const int64_t rows = most_rows(s, k, row_bytes), tile = s->ops->row_tile;
+static int64_t block_rows(const Sizes *s, const PlanOps *ops, const Run *run, int64_t tokens, int64_t k,
+                          size_t row_bytes) {
+  const int64_t rows = most_rows(s, ops, k, row_bytes), tile = ops->row_tile;
   int64_t tasks = ceil_div(tokens, rows);
   if (s->shared) tasks = least(rounded(tasks, 2 * run->threads), ceil_div(tokens, tile));
   return least(rows, rounded(ceil_div(tokens, most(tasks, 1)), tile));
 }
 
-static size_t left_bytes(const Sizes *s, int64_t rows, int64_t k) {
-  return aligned((size_t)(slabs(k) * rounded(rows, s->ops->row_tile) * s->ops->slab_row));
+static size_t staged_bytes(const PlanOps *ops, int64_t rows, int64_t k) {
+  return ops->products == BYTES ? aligned((size_t)(rows * rounded(k, 16)) * sizeof(float)) : 0;
 }
 
-static size_t tile_bytes(const Sizes *s) { return (size_t)(s->ops->row_tile * s->ops->panel) * sizeof(float); }
+/* Of a left side; `together` as for take_left. Rows of bytes are staged as floats and have facts. */
+static size_t left_bytes(const PlanOps *ops, int64_t rows, int64_t k, int together) {
+  rows = rounded(rows, ops->row_tile);
+  size_t bytes = aligned((size_t)(slabs(k) * rows * ops->slab_row));
+  if (ops->products == BYTES) bytes += aligned((size_t)rows * sizeof(RowFacts));
+  return bytes + staged_bytes(ops, together ? rows : 1, k);
+}
+
+static size_t tile_bytes(const PlanOps *ops) { return (size_t)(ops->row_tile * ops->panel) * sizeof(float); }
 
 /* Channels of a depthwise task: wide groups read memory in longer runs, narrow ones make more tasks. */
 static int64_t depthwise_group(const Sizes *s, const Run *run, int64_t images, int64_t channels) {
@@ -179,23 +202,27 @@ static int64_t depthwise_group(const Sizes *s, const Run *run, int64_t images, i
 }
 
 /* Beside a row of the left side lie one of the hidden layer and one of the residual stream. */
-static size_t branch_bytes(const Sizes *s, int64_t dim) { return (size_t)(s->ops->slab_row + dim * 4); }
+static size_t branch_bytes(const PlanOps *ops, int64_t dim) {
+  return (size_t)(ops->slab_row + dim * 4) + staged_bytes(ops, 1, SLAB);
+}
 
 static void grow(size_t *size, size_t other) { *size = *size > other ? *size : other; }
 
 static void find_stage_scratch(Sizes *s, const Run *run, int64_t i) {
   const Stage *stage = &run->network->stage[i];
   const int64_t pixels = s->height[i] * s->width[i], dim = stage->dim;
-  const size_t tile = tile_bytes(s);
-  grow(&s->scratch, left_bytes(s, most_rows(s, stage->conv.k, 0), stage->conv.k) + tile);
-  grow(&s->scratch, left_bytes(s, most_rows(s, dim, 0), dim) + tile);
-  const int64_t rows = most_rows(s, dim, branch_bytes(s, dim));
-  grow(&s->scratch, left_bytes(s, rows, dim) + left_bytes(s, rows, SLAB) + tile + aligned((size_t)(dim + 16) * 4));
+  const PlanOps *ops = s->ops, *linear = s->linear_ops;
+  const size_t tile = tile_bytes(ops), linear_tile = tile_bytes(linear);
+  grow(&s->scratch, left_bytes(ops, most_rows(s, ops, stage->conv.k, 0), stage->conv.k, 0) + tile);
+  grow(&s->scratch, left_bytes(linear, most_rows(s, linear, dim, 0), dim, 0) + linear_tile);
+  const int64_t rows = most_rows(s, linear, dim, branch_bytes(linear, dim));
+  grow(&s->scratch, left_bytes(linear, rows, dim, 0) + left_bytes(linear, rows, SLAB, 1) + linear_tile +
+                        aligned((size_t)(dim + 16) * 4));
   grow(&s->scratch, (size_t)(3 * (s->width[i] + 2) * 64 + s->width[i] * 16) * 4);
   for (int64_t b = 0; b < stage->blocks; b++)
     for (int64_t k = 0; k < stage->block[b].scans; k++) {
       const Scan *scan = &stage->block[b].scan[k];
-      grow(&s->scratch, left_bytes(s, most_rows(s, scan->width, 0), scan->width) + tile);
+      grow(&s->scratch, left_bytes(ops, most_rows(s, ops, scan->width, 0), scan->width, 0) + tile);
       grow(&s->scratch, (size_t)pixels * (3 * 64 + 8) + 2 * (size_t)scan->states * 64 + 4 * 64);
     }
 }
@@ -236,15 +263,16 @@ static void find_group_sizes(Sizes *s, const Run *run, int64_t images) {
   const int64_t stem_height = ceil_div(run->height, 2), stem_width = ceil_div(run->width, 2), dim = network->stem_dim;
   const int64_t tokens = s->group[0] * stem_height * stem_width;
   grow(&s->inner, (size_t)(tokens * dim) * element(run->map_dtype));
-  const int64_t rows = most_rows(s, network->conv1.k, (size_t)dim * 4);
-  grow(&s->scratch, left_bytes(s, rows, network->conv1.k) + tile_bytes(s) + aligned((size_t)(rows * dim) * 4) +
-                        aligned((size_t)(network->conv1.k + 16) * 4));
+  const int64_t rows = most_rows(s, s->ops, network->conv1.k, (size_t)dim * 4);
+  grow(&s->scratch, left_bytes(s->ops, rows, network->conv1.k, 0) + tile_bytes(s->ops) +
+                        aligned((size_t)(rows * dim) * 4) + aligned((size_t)(network->conv1.k + 16) * 4));
   for (int64_t i = 0; i < run->stages; i++) find_stage_scratch(s, run, i);
 }
 
 static void find_sizes(Sizes *s, const Run *run) {
   memset(s, 0, sizeof *s);
   s->ops = TABLES[run->instructions].ops;
+  s->linear_ops = TABLES[run->linear_instructions].ops;
   s->cache = 1 << 20;
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   const long l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
@@ -324,7 +352,7 @@ static void run_scan(Place *p, const void *u, const Scan *scan, int64_t images, 
   float *projected = (float *)(pooled + 2 * map);
   *inner = (char *)projected + aligned((size_t)(tokens * scan->x_proj.n) * sizeof(float));
   const ScanInputArgs input = {.batch = images, .height = s->height[i], .width = s->width[i], .channels = dim,
-                               .rows = block_rows(s, run, tokens, scan->width, 0), .dtype = dtype, .u = u,
+                               .rows = block_rows(s, s->ops, run, tokens, scan->width, 0), .dtype = dtype, .u = u,
                                .scan = scan, .pooled = pooled, .projected = projected};
   perform(p, s->ops->scan_input, &input, ceil_div(tokens, input.rows));
   const int whole = scan->scale == 1;
@@ -339,31 +367,33 @@ static void run_block(Place *p, float *x, const Block *block, int64_t images, in
   const Run *run = p->run;
   const Sizes *s = p->sizes;
   const int64_t dim = run->network->stage[i].dim, tokens = images * s->height[i] * s->width[i];
+  const PlanOps *linear = s->linear_ops;
   char *inner = p->inner, *u = inner;
   inner += aligned((size_t)(tokens * dim) * element(run->map_dtype));
   run_depthwise(p, x, block->lpr, images, i, F32, 0);
-  const NormLinearArgs project = {.tokens = tokens, .rows = block_rows(s, run, tokens, dim, 0),
+  const NormLinearArgs project = {.tokens = tokens, .rows = block_rows(s, linear, run, tokens, dim, 0),
                                   .out_dtype = run->map_dtype, .eps = block->eps1, .x = x, .w = block->in_proj, .out = u};
-  perform(p, s->ops->norm_linear, &project, ceil_div(tokens, project.rows));
+  perform(p, linear->norm_linear, &project, ceil_div(tokens, project.rows));
   run_depthwise(p, u, block->conv, images, i, run->map_dtype, 1);
   void *y[MAX_SCANS];
   for (int64_t k = 0; k < block->scans; k++) run_scan(p, u, &block->scan[k], images, i, &inner, &y[k]);
   const BranchesArgs args = {.batch = images, .height = s->height[i], .width = s->width[i],
-                             .rows = block_rows(s, run, tokens, dim, branch_bytes(s, dim)), .dtype = run->map_dtype, .x = x, .dim = dim,
-                             .block = block, .y = (const void *const *)y};
-  perform(p, s->ops->branches, &args, ceil_div(tokens, args.rows));
+                             .rows = block_rows(s, linear, run, tokens, dim, branch_bytes(linear, dim)),
+                             .dtype = run->map_dtype, .x = x, .dim = dim, .block = block, .y = (const void *const *)y};
+  perform(p, linear->branches, &args, ceil_div(tokens, args.rows));
 }
 
 static void run_stem(Place *p, int64_t begin, int64_t images) {
   const Run *run = p->run;
+  const Sizes *s = p->sizes;
   const int64_t tokens = images * ceil_div(run->height, 2) * ceil_div(run->width, 2);
   const Network *network = run->network;
   StemArgs args = {.batch = images, .height = run->height, .width = run->width, .channels = network->in_chans,
-                   .rows = block_rows(p->sizes, run, tokens, network->conv1.k, (size_t)network->stem_dim * 4),
+                   .rows = block_rows(s, s->ops, run, tokens, network->conv1.k, (size_t)network->stem_dim * 4),
                    .dtype = run->map_dtype, .x = run->images + begin * run->strides[0], .w = network->conv1,
                    .norm = network->norm1, .out = p->inner};
   memcpy(args.strides, run->strides, sizeof args.strides);
-  perform(p, p->sizes->ops->stem, &args, ceil_div(tokens, args.rows));
+  perform(p, s->ops->stem, &args, ceil_div(tokens, args.rows));
 }
 
 /* Where stage i's maps of images [begin, ...) are computed: where they are wanted, else in the workspace. */
@@ -381,7 +411,7 @@ static void run_stage(Place *p, int64_t i, int64_t begin, int64_t images, float 
   for (int64_t done = 0; done < images; done += step) {
     const int64_t some = least(step, images - done), tokens = some * pixels;
     DownsampleArgs args = {.batch = some, .w = stage->conv, .norm = stage->norm, .out = x + done * pixels * stage->dim,
-                           .rows = block_rows(s, run, tokens, stage->conv.k, 0)};
+                           .rows = block_rows(s, s->ops, run, tokens, stage->conv.k, 0)};
     if (i == 0) {
       run_stem(p, begin + done, some);
       args.height = ceil_div(run->height, 2), args.width = ceil_div(run->width, 2);

@@ -2,10 +2,11 @@
  *
  * Activations are channels-last. Three kinds of numbers: the residual stream is float32; maps between operators (the
  * scan's input and output, the stem's first map) are `map_dtype`, float32 or bfloat16; what goes into a matrix product is
- * `elem`, which each instruction set fixes (float, or bfloat16 where the CPU multiplies it).
+ * `elem`, which each instruction set fixes (float, or bfloat16 or int8 where the CPU multiplies it).
  *
  * Every operator is a function (args, worker, task) over tasks that touch no memory in common: tokens of a map, or one
  * image's block of channels. plan_ops.h holds them and is compiled once for each instruction set; plan.c runs them.
+ * plan_int8.h holds those that have int8 products: the linear layers of blocks.
  */
 #ifndef SSMAMBA_PLAN_H
 #define SSMAMBA_PLAN_H
@@ -13,10 +14,11 @@
 #include "simd.h"
 
 /* y = x W^T + bias, W packed into panels of `panel` columns (see PlanOps): [panel][k][column] floats, or
- * [panel][k / 2][column][2] bfloat16. k is padded to PlanOps.k_grain and n to a multiple of the panel, with zeros. */
+ * [panel][k / 2][column][2] bfloat16, or [panel][k / 4][column][4] bytes, which are 128 + weight / scale. k is padded
+ * to PlanOps.k_grain and n to a multiple of the panel, with zeros. */
 typedef struct {
   const void *weight;
-  const float *bias;
+  const float *bias, *scale; /* scale: of each column of bytes */
   int64_t n, k;
 } Linear;
 
@@ -136,15 +138,26 @@ typedef struct {
   void *out;
 } StemArgs;
 
-/* panel, k_grain: see Linear. row_tile: rows computed at a time. slab_rows: bytes of a product's left side, for a row and
- * each SLAB columns or part of them. bf16: products multiply bfloat16. */
+/* What is known of a row of bytes: what 1 stands for, and how much the products' sums are too large. */
+typedef struct {
+  float scale;
+  int32_t excess;
+} RowFacts;
+
+/* What products multiply. */
+#define FLOATS 0
+#define BFLOATS 1
+#define BYTES 2
+
+/* panel, k_grain: see Linear. row_tile: rows computed at a time. slab_row: bytes of a product's left side, for a row
+ * and each SLAB columns or part of them. With products of BYTES there are norm_linear and branches alone. */
 #define SLAB 512
 typedef struct {
-  int64_t panel, k_grain, row_tile, slab_row, bf16; /* bf16: matrix products multiply bfloat16 */
+  int64_t panel, k_grain, row_tile, slab_row, products;
   Operator norm_linear, depthwise, scan_input, scan, branches, downsample, stem;
 } PlanOps;
 
 extern const PlanOps ssmamba_plan_ops_generic, ssmamba_plan_ops_avx2, ssmamba_plan_ops_avx512, ssmamba_plan_ops_bf16,
-    ssmamba_plan_ops_amx;
+    ssmamba_plan_ops_amx, ssmamba_plan_ops_avx_vnni, ssmamba_plan_ops_avx512_vnni, ssmamba_plan_ops_amx_int8;
 
 #endif

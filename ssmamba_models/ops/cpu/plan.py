@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ i64, f64, ptr = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 MAX_STAGES, MAX_SCANS = 16, 8
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 LANES = 16
+PRODUCTS = ("float32", "bfloat16", "int8")  # FLOATS, BFLOATS, BYTES of plan.h
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,13 @@ class InstructionSet:
     """One compilation of the operators.
 
     Attributes:
-        name: "generic", "avx2", "avx512", "avx512_bf16" or "amx_bf16".
+        name: "generic", "avx2", "avx512", "avx512_bf16" or "amx_bf16"; "avx_vnni", "avx512_vnni" or "amx_int8".
         index: its place in the C library's list, from the simplest to the best.
         usable: whether this CPU and system can run it.
         panel: columns of a packed panel.
         k_grain: what the length of a row is padded to.
-        bf16: whether its matrix products multiply bfloat16.
+        products: what its matrix products multiply, "float32", "bfloat16" or "int8". Those of int8 hold the linear
+            layers of blocks alone, beside another set.
     """
 
     name: str
@@ -42,11 +44,11 @@ class InstructionSet:
     usable: bool
     panel: int
     k_grain: int
-    bf16: bool
+    products: str
 
 
 class _TableFacts(ctypes.Structure):
-    _fields_ = (("name", ctypes.c_char * 32), ("usable", i64), ("panel", i64), ("k_grain", i64), ("bf16", i64))
+    _fields_ = (("name", ctypes.c_char * 32), ("usable", i64), ("panel", i64), ("k_grain", i64), ("products", i64))
 
 
 @functools.cache
@@ -59,29 +61,28 @@ def instruction_sets() -> tuple[InstructionSet, ...]:
     facts = _TableFacts()
     while handle.ssmamba_plan_table(ctypes.addressof(facts), len(found), 0):
         name = facts.name.decode()
-        usable, bf16 = bool(facts.usable), bool(facts.bf16)
-        found.append(InstructionSet(name, len(found), usable, facts.panel, facts.k_grain, bf16))
+        products = PRODUCTS[facts.products]
+        found.append(InstructionSet(name, len(found), bool(facts.usable), facts.panel, facts.k_grain, products))
     return tuple(found)
 
 
-def best_instruction_set(bf16: bool) -> InstructionSet:
-    """The best usable set; one that multiplies bfloat16 only if `bf16` asks for it.
+def usable_instruction_sets(products: Collection[str]) -> list[InstructionSet]:
+    """The sets that run here and multiply one of `products`, from the simplest to the best.
 
     Raises:
         RuntimeError: there is no library.
     """
-    usable = [s for s in instruction_sets() if s.usable and (bf16 or not s.bf16)]
-    if not usable:
+    if not instruction_sets():
         _, reason = library.open_library()
         raise RuntimeError(f"{reason}; {library.CURE}")
-    return usable[-1]
+    return [s for s in instruction_sets() if s.usable and s.products in products]
 
 
 # ---- the structs of plan.h ----
 
 
 class Linear(ctypes.Structure):
-    _fields_ = (("weight", ptr), ("bias", ptr), ("n", i64), ("k", i64))
+    _fields_ = (("weight", ptr), ("bias", ptr), ("scale", ptr), ("n", i64), ("k", i64))
 
 
 class Depthwise(ctypes.Structure):
@@ -146,6 +147,7 @@ class _Run(ctypes.Structure):
         ("stages", i64),
         ("map_dtype", i64),
         ("instructions", i64),
+        ("linear_instructions", i64),
         ("threads", i64),
         ("memory", i64),
         ("workspace", ptr),
@@ -154,6 +156,9 @@ class _Run(ctypes.Structure):
 
 
 # ---- packing ----
+
+# Neighbours in a row that a packed panel keeps together, and what they are stored as.
+_ELEMENTS = {"float32": (1, torch.float32), "bfloat16": (2, torch.bfloat16), "int8": (4, torch.uint8)}
 
 
 class Packer:
@@ -185,18 +190,22 @@ class Packer:
             shift = shift + weight @ norm_bias.detach().double()
         if norm is not None:
             weight = weight * norm.detach().double()
+        packed, scale = self._panels(weight.float())
+        bias_row = torch.zeros(scale.numel())
+        bias_row[:n] = shift.float()
+        return Linear(self.keep(packed), self.keep(bias_row), self.keep(scale), n, k)
+
+    def _panels(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """`weight` (n, k) as Linear.weight of plan.h, and the scale of each row, 1 where products are not of int8."""
         panel, grain = self.instructions.panel, self.instructions.k_grain
-        rows, columns = -(-n // panel) * panel, -(-k // grain) * grain
-        padded = torch.zeros(rows, columns)
-        padded[:n, :k] = weight.float()
-        panels = padded.view(rows // panel, panel, columns)
-        if self.instructions.bf16:
-            packed = panels.bfloat16().view(rows // panel, panel, columns // 2, 2).permute(0, 2, 1, 3)
-        else:
-            packed = panels.permute(0, 2, 1)
-        all_bias = torch.zeros(rows)
-        all_bias[:n] = shift.float()
-        return Linear(self.keep(packed), self.keep(all_bias), n, k)
+        padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % grain, 0, -weight.shape[0] % panel))
+        scale = torch.ones(padded.shape[0])
+        if self.instructions.products == "int8":
+            scale = padded.abs().amax(1) / 127
+            padded = 128 + torch.nan_to_num(padded / scale[:, None]).round()
+        together, dtype = _ELEMENTS[self.instructions.products]
+        panels = padded.to(dtype).view(len(padded) // panel, panel, padded.shape[1] // together, together)
+        return panels.permute(0, 2, 1, 3), scale
 
     def depthwise(self, weight: Tensor, bias: Tensor, residual: bool) -> Depthwise:
         """Pack `weight` (C, 1, 3, 3) and `bias` (C,); with `residual` the map itself is added."""
@@ -246,6 +255,7 @@ def _padded(x: Tensor) -> Tensor:
 def run_network(
     network: Network,
     instructions: InstructionSet,
+    linear_instructions: InstructionSet,
     map_dtype: torch.dtype,
     images: Tensor,
     wanted: Sequence[int],
@@ -254,7 +264,7 @@ def run_network(
     """Compute the maps of some stages.
 
     Args:
-        network: packed for `instructions`.
+        network: packed for `instructions`, the linear layers of its blocks for `linear_instructions`.
         map_dtype: float32 or bfloat16, of the maps inside blocks.
         images: (B, C, H, W) float32 on the CPU, with any strides.
         wanted: indices of stages, ascending; those after the last are not computed.
@@ -279,6 +289,7 @@ def run_network(
     handle, _ = library.open_library()
     assert handle is not None  # packed weights cannot be without
     run.stages, run.map_dtype, run.instructions = wanted[-1] + 1, DTYPES[map_dtype], instructions.index
+    run.linear_instructions = linear_instructions.index
     run.threads, run.memory = torch.get_num_threads(), memory
     workspace = torch.empty(handle.ssmamba_plan_workspace(ctypes.addressof(run), 0, 0), dtype=torch.uint8)
     run.workspace = workspace.data_ptr()

@@ -9,7 +9,7 @@ TARGET("avx2,fma,bmi,bmi2,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")
 #define VEC 16
 #define NV 2
 #define MR 14
-#define BF16_PRODUCTS 0
+#define PRODUCTS FLOATS
 #define AMX 0
 #define OPS ssmamba_plan_ops_avx512
 #include "plan_ops.h"

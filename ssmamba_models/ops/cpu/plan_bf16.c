@@ -10,7 +10,7 @@ TARGET("avx2,fma,bmi,bmi2,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx51
 #define VEC 16
 #define NV 2
 #define MR 14
-#define BF16_PRODUCTS 1
+#define PRODUCTS BFLOATS
 #define AMX 0
 #define OPS ssmamba_plan_ops_bf16
 #include "plan_ops.h"

@@ -2,7 +2,7 @@
 #define VEC 4
 #define NV 4
 #define MR 4
-#define BF16_PRODUCTS 0
+#define PRODUCTS FLOATS
 #define AMX 0
 #define OPS ssmamba_plan_ops_generic
 #include "plan_ops.h"

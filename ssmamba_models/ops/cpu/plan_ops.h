@@ -1,308 +1,9 @@
-/* The operators of plan.h for one instruction set. A file that includes this defines
- *
- *   VEC     floats in a register          MR      rows of a product that are computed at a time
- *   NV      registers to a row of those
- *   BF16_PRODUCTS   1 if products multiply pairs of bfloat16, 0 for float
- *   AMX             1 if they do it by tiles (MR is 32 then, PANEL too)
- *   OPS             the name of its table
- *
- * A matrix product works on a block of rows that fits into the L2 cache beside what surrounds it. Its left side lies in
- * scratch memory, in slabs of SLAB columns whose rows are PITCH apart: constants, so that the rows of a tile have fixed
- * offsets. Each tile of results passes through a small buffer, where bias, activation and conversion are applied.
- */
-#include "plan.h"
-#include "scan.h"
-#include "scan_maps.h"
-
-#define PANEL (VEC * NV)
-#define PITCH (SLAB + 32) /* not a multiple of 4096 bytes: rows must not share a cache set */
-#define TAPS 9
-
-typedef float vec __attribute__((vector_size(VEC * sizeof(float)), aligned(4), may_alias));
-
-#if BF16_PRODUCTS
-typedef uint16_t elem;
-#define K_GRAIN 32
-#else
-typedef float elem;
-#define K_GRAIN 1
-#endif
-
-INLINE int64_t up_to(int64_t x, int64_t grain) { return (x + grain - 1) / grain * grain; }
-INLINE int64_t slabs_of(int64_t k) { return (k + SLAB - 1) / SLAB; }
-
-/* The left side of a product: element k of row i is at base[k / SLAB * stride + i * PITCH + k % SLAB]. */
-typedef struct {
-  elem *base;
-  ptrdiff_t stride;
-} Left;
-
-INLINE Left take_left(Arena *arena, int64_t rows, int64_t k) {
-  rows = up_to(rows, MR);
-  return (Left){arena_take(arena, (size_t)(slabs_of(k) * rows * PITCH) * sizeof(elem)), rows * PITCH};
-}
-
-INLINE elem *at(const Left *a, int64_t row, int64_t k) { return a->base + k / SLAB * a->stride + row * PITCH + k % SLAB; }
-
-/* ---- sixteen numbers ---- */
-
-#ifndef ROUND_ROW
-#define ROUND_ROW(out, in) LANEWISE(out)[i] = to_bf16((in)[i])
-#endif
-
-INLINE void put(elem *out, const float *in) {
-#if BF16_PRODUCTS
-  ROUND_ROW(out, in);
-#else
-  memcpy(out, in, LANES * sizeof(float));
-#endif
-}
-
-/* As store_row. */
-INLINE void store(void *out, ptrdiff_t place, const float *in, const int valid, const int dtype) {
-  if (valid < LANES) store_row(out, place, in, valid, dtype);
-  else if (dtype == F32) store_row(out, place, in, LANES, F32);
-  else ROUND_ROW((uint16_t *)out + place, in);
-}
-
-/* As load_row, for float32 and bfloat16. */
-INLINE void load(float *out, const void *in, ptrdiff_t place, const int valid, const int dtype) {
-  if (valid < LANES) load_row(out, in, place, valid, dtype);
-  else if (dtype == F32) load_row(out, in, place, LANES, F32);
-  else load_row(out, in, place, LANES, BF16);
-}
-
-/* Zeros from column k to the end of the padded row. */
-INLINE void put_padding(const Left *a, int64_t row, int64_t k) {
-  for (const int64_t end = up_to(k, K_GRAIN); k < end; k++) *at(a, row, k) = 0;
-}
-
-/* Columns [k, k + valid) of a row. k need not be a multiple of 16. */
-INLINE void put_part(const Left *a, int64_t row, int64_t k, const float *in, int valid) {
-  if (valid == LANES && k % SLAB <= SLAB - LANES) put(at(a, row, k), in);
-  else
-    for (int i = 0; i < valid; i++) {
-#if BF16_PRODUCTS
-      *at(a, row, k + i) = to_bf16(in[i]);
-#else
-      *at(a, row, k + i) = in[i];
-#endif
-    }
-}
-
-/* Rows that a tile has in excess: whatever lies there would be multiplied too, and denormal numbers take long. */
-INLINE void put_no_rows(const Left *a, int64_t rows, int64_t k) {
-  k = up_to(k, K_GRAIN);
-  for (int64_t row = rows; row < up_to(rows, MR); row++)
-    for (int64_t j = 0; j < k; j += SLAB) memset(at(a, row, j), 0, (size_t)min64(SLAB, k - j) * sizeof(elem));
-}
-
-INLINE float activate_gelu(float x) {
-#if BF16_PRODUCTS
-  return gelu_for_bf16(x);
-#else
-  return gelu(x);
-#endif
-}
-
-/* ---- products ---- */
-
-#if !AMX
-INLINE void tiles_begin(void) {}
-INLINE void tiles_end(void) {}
-#endif
-
-#if AMX
-/* c (MR x PANEL) = the tile's rows times one panel. k is a multiple of 32. */
-INLINE void multiply_tile(const Left *a, int64_t row, const elem *b, int64_t k, float *c) {
-  tile_zero_all();
-  for (int64_t k0 = 0; k0 < k; k0 += SLAB) {
-    const elem *left = at(a, row, k0);
-    const int64_t steps = min64(SLAB, k - k0) / 32;
-    for (int64_t s = 0; s < steps; s++, left += 32, b += 32 * PANEL) tile_multiply(left, PITCH * 2, b, PANEL * 4);
-  }
-  tile_store_all(c, PANEL * 4);
-}
-#else
-#if MR == 4
-#define EACH_ROW(X) X(0) X(1) X(2) X(3)
-#elif MR == 6
-#define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5)
-#elif MR == 12
-#define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
-#elif MR == 14
-#define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13)
-#endif
-#if NV == 2
-#define EACH_COLUMN(X, r) X(r, 0) X(r, 1)
-#elif NV == 4
-#define EACH_COLUMN(X, r) X(r, 0) X(r, 1) X(r, 2) X(r, 3)
-#endif
-#define EACH_CELL(X, r) EACH_COLUMN(X, r)
-
-#if BF16_PRODUCTS
-#define K_STEP 2
-typedef pairs spread;
-typedef int32_t columns __attribute__((vector_size(64), aligned(4), may_alias));
-#define BROADCAST(p) broadcast_pair(p)
-#define MULTIPLY_ADD(c, a, b) c = dot_pairs(c, a, b)
-#else
-#define K_STEP 1
-typedef vec columns;
-typedef float spread; /* times a vector: one load that fills a register */
-#define BROADCAST(p) (*(p))
-#define MULTIPLY_ADD(c, a, b) c += (a) * (b)
-#endif
-
-/* c (MR x PANEL) = the tile's rows times one panel. */
-INLINE void multiply_tile(const Left *a, int64_t row, const elem *b, int64_t k, float *c) {
-#define DECLARE_CELL(r, v) vec c##r##_##v = {0};
-#define DECLARE_ROW(r) EACH_CELL(DECLARE_CELL, r)
-  EACH_ROW(DECLARE_ROW)
-  for (int64_t k0 = 0; k0 < k; k0 += SLAB) {
-    const elem *left = at(a, row, k0);
-    const elem *end = left + min64(SLAB, k - k0);
-    for (; left < end; left += K_STEP, b += K_STEP * PANEL) {
-#define LOAD_B(r, v) const columns b##v = *(const columns *)(b + v * VEC * K_STEP);
-      EACH_COLUMN(LOAD_B, 0)
-#define CELL(r, v) MULTIPLY_ADD(c##r##_##v, a##r, b##v);
-#define STEP(r) { const spread a##r = BROADCAST(left + r * PITCH); EACH_CELL(CELL, r) }
-      EACH_ROW(STEP)
-    }
-  }
-#define STORE_CELL(r, v) *(vec *)(c + r * PANEL + v * VEC) = c##r##_##v;
-#define STORE_ROW(r) EACH_CELL(STORE_CELL, r)
-  EACH_ROW(STORE_ROW)
-}
-#endif
-
-/* What becomes of a tile of results: stored as a map or as float rows, added to float rows, or made the next product's
- * left side through GELU. */
-enum { TO_MAP, ADD, GELU };
-
-typedef struct {
-  void *data;      /* of row 0, column 0; unused by GELU */
-  ptrdiff_t pitch; /* elements from row to row */
-  int64_t n;       /* columns that exist */
-  int dtype;       /* of TO_MAP */
-  const float *bias;
-  const Left *left; /* of GELU */
-} Out;
-
-INLINE void finish_block(const float *c, int64_t row, int64_t column, const int kind, const Out *out) {
-  const float *bias = out->bias;
-  float y[LANES];
-  if (bias) LANEWISE y[i] = c[i] + bias[column + i];
-  else LANEWISE y[i] = c[i];
-  if (kind == GELU) {
-    LANEWISE y[i] = activate_gelu(y[i]);
-    put(at(out->left, row, column), y); /* the padding too: GELU(0) is 0 */
-    return;
-  }
-  const int64_t left = out->n - column;
-  const ptrdiff_t place = row * out->pitch + column;
-  if (left >= LANES) {
-    if (kind == ADD) {
-      float *sum = (float *)out->data + place;
-      LANEWISE sum[i] += y[i];
-    } else store(out->data, place, y, LANES, out->dtype);
-    return;
-  }
-  for (int64_t i = 0; i < left; i++) {
-    if (kind == ADD) ((float *)out->data)[place + i] += y[i];
-    else store_one(out->data, place + i, y[i], out->dtype);
-  }
-}
-
-/* `rows` rows of a, columns [0, k) of it, times panels [first, last) of w, whose rows from k_begin on belong to them.
- * Column 0 of the results is the first panel's. */
-INLINE void multiply(const Left *a, int64_t rows, const Linear *w, int64_t k_begin, int64_t k, int64_t first,
-                     int64_t last, const int kind, const Out *out, float *c) {
-  const int64_t k_all = up_to(w->k, K_GRAIN);
-  k = up_to(k, K_GRAIN);
-  tiles_begin();
-  for (int64_t panel = first; panel < last; panel++) {
-    const elem *b = (const elem *)w->weight + (panel * k_all + k_begin) * PANEL;
-    for (int64_t row = 0; row < rows; row += MR) {
-      multiply_tile(a, row, b, k, c);
-      const int64_t filled = min64(MR, rows - row);
-      for (int64_t r = 0; r < filled; r++)
-        for (int64_t j = 0; j < PANEL; j += LANES)
-          finish_block(c + r * PANEL + j, row + r, (panel - first) * PANEL + j, kind, out);
-    }
-  }
-  tiles_end();
-}
-
-INLINE int64_t panels_of(int64_t n) { return (n + PANEL - 1) / PANEL; }
-
-INLINE void multiply_all(const Left *a, int64_t rows, const Linear *w, const int kind, const Out *out, float *c) {
-  multiply(a, rows, w, 0, w->k, 0, panels_of(w->n), kind, out, c);
-}
-
-/* ---- layer norm ---- */
-
-typedef struct {
-  float mean, scale;
-} Moments;
-
-INLINE float sum_lanes(const float *x) {
-  float sum = 0.0f;
-  _Pragma("omp simd simdlen(16) reduction(+ : sum)") for (int i = 0; i < LANES; i++) sum += x[i];
-  return sum;
-}
-
-INLINE Moments moments(const float *x, int64_t width, double eps) {
-  const int64_t whole = width / LANES * LANES;
-  float lanes[LANES] = {0};
-  for (int64_t j = 0; j < whole; j += LANES) LANEWISE lanes[i] += x[j + i];
-  float sum = sum_lanes(lanes);
-  for (int64_t j = whole; j < width; j++) sum += x[j];
-  const float mean = sum / (float)width;
-  LANEWISE lanes[i] = 0.0f;
-  for (int64_t j = 0; j < whole; j += LANES) LANEWISE lanes[i] += (x[j + i] - mean) * (x[j + i] - mean);
-  sum = sum_lanes(lanes);
-  for (int64_t j = whole; j < width; j++) sum += (x[j] - mean) * (x[j] - mean);
-  const float variance = sum / (float)width;
-  /* A variance beyond float32 makes NaN, as in torch, and not zeros. */
-  return (Moments){mean, 1.0f / __builtin_sqrtf(variance + (float)eps) + (variance - variance)};
-}
-
-/* (x - mean) / deviation, as a row of a product's left side. */
-INLINE void put_normalised(const Left *a, int64_t row, const float *x, int64_t width, double eps) {
-  const Moments m = moments(x, width, eps);
-  float y[LANES];
-  int64_t j = 0;
-  for (; j + LANES <= width; j += LANES) {
-    LANEWISE y[i] = (x[j + i] - m.mean) * m.scale;
-    put(at(a, row, j), y);
-  }
-  for (; j < width; j++) {
-    y[0] = (x[j] - m.mean) * m.scale;
-    put_part(a, row, j, y, 1);
-  }
-  put_padding(a, row, width);
-}
+/* All operators of plan.h for one instruction set, whose products are of floats or of bfloat16. */
+#include "plan_linears.h"
 
 INLINE void normalise_affine(float *x, int64_t width, const Norm *norm) {
   const Moments m = moments(x, width, norm->eps);
   for (int64_t j = 0; j < width; j++) x[j] = (x[j] - m.mean) * m.scale * norm->weight[j] + norm->bias[j];
-}
-
-/* ---- the operators ---- */
-
-static void norm_linear(const void *args, Worker *worker, int64_t task) {
-  const NormLinearArgs *p = args;
-  Arena arena = {worker->scratch, 0};
-  const int64_t first = task * p->rows, rows = min64(p->rows, p->tokens - first), k = p->w.k;
-  const Left a = take_left(&arena, p->rows, k);
-  float *c = arena_take(&arena, MR * PANEL * sizeof(float));
-  for (int64_t row = 0; row < rows; row++) put_normalised(&a, row, p->x + (first + row) * k, k, p->eps);
-  put_no_rows(&a, rows, k);
-  const int dtype = (int)p->out_dtype;
-  char *data = (char *)p->out + (size_t)(first * p->w.n) * (dtype == F32 ? 4 : 2);
-  const Out out = {.data = data, .pitch = p->w.n, .n = p->w.n, .dtype = dtype, .bias = p->w.bias};
-  multiply_all(&a, rows, &p->w, TO_MAP, &out, c);
 }
 
 /* Row `row` of a depthwise convolution for VEC channels: `above`, `here` and `below` are rows of the ring, from the pixel
@@ -389,8 +90,8 @@ static void scan_input(const void *args, Worker *worker, int64_t task) {
   const int64_t first = task * p->rows, rows = min64(p->rows, p->batch * height * width - first);
   const int dtype = (int)p->dtype;
   Arena arena = {worker->scratch, 0};
-  const Left a = take_left(&arena, p->rows, scan->width);
-  float *c = arena_take(&arena, MR * PANEL * sizeof(float));
+  const Left a = take_left(&arena, p->rows, scan->width, 0);
+  total *c = take_tile(&arena);
   float v[LANES];
   for (int64_t row = 0; row < rows; row++) {
     const int64_t token = first + row;
@@ -404,7 +105,7 @@ static void scan_input(const void *args, Worker *worker, int64_t task) {
       }
       put_part(&a, row, j, v, valid);
     }
-    put_padding(&a, row, scan->width);
+    close_row(&a, row, scan->width);
   }
   put_no_rows(&a, rows, scan->width);
   const int64_t n = scan->x_proj.n;
@@ -470,75 +171,6 @@ static void scan(const void *args, Worker *worker, int64_t task) {
   scatter(p->y, y, image, channel, valid, pixels, s->width, dtype);
 }
 
-/* Where a position of the enlarged map lies in the small one, as torch's bilinear interpolation with a given size. */
-typedef struct {
-  int64_t low, high;
-  float share; /* of high */
-} Position;
-
-INLINE Position position(int64_t at, int64_t small, int64_t large) {
-  float from = ((float)at + 0.5f) * ((float)small / (float)large) - 0.5f;
-  from = from < 0.0f ? 0.0f : from;
-  const int64_t low = min64((int64_t)from, small - 1);
-  return (Position){low, low + (low < small - 1), from - (float)low};
-}
-
-/* Channels of one scan at a token, enlarged to the full map. */
-INLINE void put_scan(float *out, const BranchesArgs *p, const Scan *s, const void *y, int64_t token) {
-  const int dtype = (int)p->dtype;
-  if (s->scale == 1) {
-    for (int64_t j = 0; j < s->width; j += LANES)
-      load(out + j, y, token * s->width + j, (int)min64(LANES, s->width - j), dtype);
-    return;
-  }
-  const int64_t h = (p->height + s->scale - 1) / s->scale, w = (p->width + s->scale - 1) / s->scale;
-  const int64_t image = token / (p->height * p->width) * h * w;
-  const Position row = position(token / p->width % p->height, h, p->height), column = position(token % p->width, w, p->width);
-  const ptrdiff_t corners[4] = {image + row.low * w + column.low, image + row.low * w + column.high,
-                                image + row.high * w + column.low, image + row.high * w + column.high};
-  const float shares[4] = {(1 - row.share) * (1 - column.share), (1 - row.share) * column.share,
-                           row.share * (1 - column.share), row.share * column.share};
-  for (int64_t j = 0; j < s->width; j += LANES) {
-    float sum[LANES] = {0}, one[LANES];
-    const int valid = (int)min64(LANES, s->width - j);
-    for (int corner = 0; corner < 4; corner++) {
-      load(one, y, corners[corner] * s->width + j, valid, dtype);
-      LANEWISE sum[i] += shares[corner] * one[i];
-    }
-    memcpy(out + j, sum, (size_t)LANES * sizeof(float)); /* what lies beyond `valid` is overwritten or never read */
-  }
-}
-
-static void branches(const void *args, Worker *worker, int64_t task) {
-  const BranchesArgs *p = args;
-  const Block *block = p->block;
-  const int64_t dim = p->dim, first = task * p->rows, tokens = p->batch * p->height * p->width;
-  const int64_t rows = min64(p->rows, tokens - first);
-  Arena arena = {worker->scratch, 0};
-  const Left a = take_left(&arena, p->rows, dim), hidden = take_left(&arena, p->rows, SLAB);
-  float *c = arena_take(&arena, MR * PANEL * sizeof(float));
-  float *scanned = arena_take(&arena, (size_t)(dim + LANES) * sizeof(float)), *x = p->x + first * dim;
-  for (int64_t row = 0; row < rows; row++) {
-    for (int64_t s = 0; s < block->scans; s++)
-      put_scan(scanned + block->scan[s].offset, p, block->scan + s, p->y[s], first + row);
-    put_normalised(&a, row, scanned, dim, block->eps_dms);
-  }
-  put_no_rows(&a, rows, dim);
-  put_no_rows(&hidden, rows, SLAB);
-  Out sum = {.data = x, .pitch = dim, .n = dim, .dtype = F32, .bias = block->out_proj.bias};
-  multiply_all(&a, rows, &block->out_proj, ADD, &sum, c);
-  for (int64_t row = 0; row < rows; row++) put_normalised(&a, row, x + row * dim, dim, block->eps2);
-  /* The hidden layer SLAB columns at a time: it need not fit into the cache as a whole. */
-  const int64_t panels = panels_of(block->fc1.n), step = SLAB / PANEL;
-  for (int64_t panel = 0; panel < panels; panel += step) {
-    const int64_t end = min64(panel + step, panels), k = min64(SLAB, block->fc2.k - panel * PANEL);
-    const Out inner = {.bias = block->fc1.bias + panel * PANEL, .left = &hidden};
-    multiply(&a, rows, &block->fc1, 0, dim, panel, end, GELU, &inner, c);
-    sum.bias = panel ? NULL : block->fc2.bias;
-    multiply(&hidden, rows, &block->fc2, panel * PANEL, k, 0, panels_of(dim), ADD, &sum, c);
-  }
-}
-
 /* Sixteen or fewer channels of a pixel, as part of a left side. */
 INLINE void put_pixel(const Left *a, int64_t row, int64_t k, const void *x, ptrdiff_t from, int64_t channels,
                       const int dtype) {
@@ -559,8 +191,8 @@ static void downsample(const void *args, Worker *worker, int64_t task) {
   const int64_t height = (p->height + 1) / 2, width = (p->width + 1) / 2, n = p->w.n;
   const int64_t first = task * p->rows, rows = min64(p->rows, p->batch * height * width - first);
   Arena arena = {worker->scratch, 0};
-  const Left a = take_left(&arena, p->rows, p->w.k);
-  float *c = arena_take(&arena, MR * PANEL * sizeof(float));
+  const Left a = take_left(&arena, p->rows, p->w.k, 0);
+  total *c = take_tile(&arena);
   for (int64_t row = 0; row < rows; row++) {
     const int64_t token = first + row, image = token / (height * width);
     const int64_t top = token / width % height * 2 - 1, left = token % width * 2 - 1;
@@ -572,7 +204,7 @@ static void downsample(const void *args, Worker *worker, int64_t task) {
         put_pixel(&a, row, tap * p->channels, p->x, from, p->channels, (int)p->dtype);
       }
     }
-    put_padding(&a, row, p->w.k);
+    close_row(&a, row, p->w.k);
   }
   put_no_rows(&a, rows, p->w.k);
   float *data = p->out + first * n;
@@ -601,15 +233,16 @@ static void stem(const void *args, Worker *worker, int64_t task) {
   const int64_t first = task * p->rows, rows = min64(p->rows, p->batch * height * width - first);
   const int dtype = (int)p->dtype;
   Arena arena = {worker->scratch, 0};
-  const Left a = take_left(&arena, p->rows, k);
-  float *c = arena_take(&arena, MR * PANEL * sizeof(float)), *y = arena_take(&arena, (size_t)(p->rows * n) * sizeof(float));
+  const Left a = take_left(&arena, p->rows, k, 0);
+  total *c = take_tile(&arena);
+  float *y = arena_take(&arena, (size_t)(p->rows * n) * sizeof(float));
   float *patch = arena_take(&arena, (size_t)up_to(k, LANES) * sizeof(float));
   for (int64_t row = 0; row < rows; row++) {
     const int64_t token = first + row;
     const float *image = p->x + token / (height * width) * p->strides[0];
     copy_patch(patch, p, image, token / width % height * 2 - 1, token % width * 2 - 1);
     for (int64_t j = 0; j < k; j += LANES) put_part(&a, row, j, patch + j, (int)min64(LANES, k - j));
-    put_padding(&a, row, k);
+    close_row(&a, row, k);
   }
   put_no_rows(&a, rows, k);
   const Out out = {.data = y, .pitch = n, .n = n, .dtype = F32, .bias = p->w.bias};
@@ -632,7 +265,7 @@ const PlanOps OPS = {
     .k_grain = K_GRAIN,
     .row_tile = MR,
     .slab_row = PITCH * sizeof(elem),
-    .bf16 = BF16_PRODUCTS,
+    .products = PRODUCTS,
     .norm_linear = norm_linear,
     .depthwise = depthwise,
     .scan_input = scan_input,
