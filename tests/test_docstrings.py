@@ -25,8 +25,8 @@ def exported() -> dict[str, ast.FunctionDef | ast.ClassDef]:
         for node in tree.body:
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
                 for name in map(ast.literal_eval, node.value.elts):
-                    # A name that comes from another package's __all__ is found there.
-                    if not name.startswith("__") and source(origin[name]).exists():
+                    # A name that comes from another package's __all__, or is looked up when asked for, is found there.
+                    if name in origin and not name.startswith("__") and source(origin[name]).exists():
                         found[f"{origin[name]}.{name}"] = definition(origin[name], name)
     return found
 
