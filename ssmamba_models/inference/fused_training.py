@@ -48,7 +48,14 @@ def fuse_for_training(module: nn.Module) -> int:
 
 
 def unfuse(module: nn.Module) -> int:
-    """Undo :func:`fuse_for_training`; returns how many blocks were changed."""
+    """Undo :func:`fuse_for_training`.
+
+    Args:
+        module: a model or whatever contains one. Changed in place.
+
+    Returns:
+        How many blocks were changed.
+    """
     blocks: list[Any] = [block for block in module.modules() if type(block) is FusedBlock]
     for block in blocks:
         block.__class__ = Block
