@@ -150,7 +150,7 @@ class PlannedSSMamba(nn.Module):
             self.instructions,
             self.linear_instructions,
             self._map_dtype,
-            x.detach().float(),
+            x.detach().resolve_neg().float(),
             wanted,
             self.memory,
         )

@@ -149,8 +149,8 @@ def _after(norm: Any, linear: Any, packer: plan.Packer) -> plan.Linear:
 def _norm(name: str, norm: Any, packer: plan.Packer) -> plan.Norm:
     _expect(name, norm, LayerNorm)
     width = norm.normalized_shape[0]
-    weight = torch.ones(width) if norm.weight is None else norm.weight
-    bias = torch.zeros(width) if norm.bias is None else norm.bias
+    weight = torch.ones(width, dtype=torch.float32, device="cpu") if norm.weight is None else norm.weight
+    bias = torch.zeros(width, dtype=torch.float32, device="cpu") if norm.bias is None else norm.bias
     return packer.norm(weight, bias, norm.eps)
 
 

@@ -102,7 +102,9 @@ def test_a_tile_has_one_vector_whatever_is_computed_with_it(threads):
                 assert torch.equal(model.forward_features(x[:2]), alone[:2])
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "strided", "expanded", "flipped", "float64", "odd address"])
+@pytest.mark.parametrize(
+    "layout", ["channels_last", "strided", "expanded", "flipped", "float64", "odd address", "negated"]
+)
 def test_images_may_lie_in_memory_as_they_like(layout):
     model, x = small(), images(2, 3, 48, 40)
     if layout == "channels_last":
@@ -114,6 +116,9 @@ def test_images_may_lie_in_memory_as_they_like(layout):
         given = x
     elif layout == "flipped":
         given = x.flip(-1).flip(-1)
+    elif layout == "negated":
+        given = torch.complex(torch.zeros_like(x), -x).conj().imag
+        assert given.is_neg()
     elif layout == "odd address":
         given = torch.frombuffer(bytearray(b"x" + x.numpy().tobytes()), dtype=torch.float32, offset=1).view(x.shape)
     else:
@@ -169,6 +174,20 @@ def test_a_forked_child_computes_the_same(threads, count):
     child.start()
     assert torch.equal(torch.from_numpy(queue.get()), wanted)
     child.join()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_type_and_device_change_nothing(dtype):
+    model, x = small(), images(2, 3, 40, 40)
+    with torch.inference_mode():
+        wanted = PlannedSSMamba(model).forward_features(x)
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                result = PlannedSSMamba(model).forward_features(x)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(result, wanted)
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ i64, f64, ptr = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 MAX_STAGES, MAX_SCANS = 16, 8
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 LANES = 16
+# What C reads, whatever torch's default type and device are.
+_FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}
 PRODUCTS = ("float32", "bfloat16", "int8")  # FLOATS, BFLOATS, BYTES of plan.h
 
 
@@ -185,13 +187,13 @@ class Packer:
         """Pack `weight` (n, k) and `bias` (n,). A layer norm's weight and bias (k,) before it are folded into both."""
         weight = weight.detach().double()
         n, k = weight.shape
-        shift = torch.zeros(n, dtype=torch.float64) if bias is None else bias.detach().double()
+        shift = torch.zeros(n, dtype=torch.float64, device="cpu") if bias is None else bias.detach().double()
         if norm_bias is not None:
             shift = shift + weight @ norm_bias.detach().double()
         if norm is not None:
             weight = weight * norm.detach().double()
         packed, scale = self._panels(weight.float())
-        bias_row = torch.zeros(scale.numel())
+        bias_row = torch.zeros(scale.numel(), **_FLOATS)
         bias_row[:n] = shift.float()
         return Linear(self.keep(packed), self.keep(bias_row), self.keep(scale), n, k)
 
@@ -199,7 +201,7 @@ class Packer:
         """`weight` (n, k) as Linear.weight of plan.h, and the scale of each row, 1 where products are not of int8."""
         panel, grain = self.instructions.panel, self.instructions.k_grain
         padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % grain, 0, -weight.shape[0] % panel))
-        scale = torch.ones(padded.shape[0])
+        scale = torch.ones(padded.shape[0], **_FLOATS)
         if self.instructions.products == "int8":
             scale = padded.abs().amax(1) / 127
             padded = 128 + torch.nan_to_num(padded / scale[:, None]).round()
@@ -227,7 +229,7 @@ class Packer:
         """
         directions, width, states = parameters["A_log"].shape
         rank = parameters["dt_proj.weight"].shape[1]
-        x_bias = torch.zeros(rank + 2 * directions * states, dtype=torch.float64)
+        x_bias = torch.zeros(rank + 2 * directions * states, dtype=torch.float64, device="cpu")
         x_bias[rank : rank + directions * states] = parameters["B_bias"].detach().double().flatten()
         dt_proj = _padded(parameters["dt_proj.weight"].detach().float().t())
         return Scan(
@@ -282,7 +284,7 @@ def run_network(
     for i in range(wanted[-1] + 1):
         h, w = -(-h // 2), -(-w // 2)
         if i in wanted:
-            maps.append(torch.empty(batch, h, w, network.stage[i].dim, dtype=torch.float32))
+            maps.append(torch.empty(batch, h, w, network.stage[i].dim, **_FLOATS))
             run.maps[i] = maps[-1].data_ptr()
     if batch == 0:
         return maps
@@ -291,7 +293,8 @@ def run_network(
     run.stages, run.map_dtype, run.instructions = wanted[-1] + 1, DTYPES[map_dtype], instructions.index
     run.linear_instructions = linear_instructions.index
     run.threads, run.memory = torch.get_num_threads(), memory
-    workspace = torch.empty(handle.ssmamba_plan_workspace(ctypes.addressof(run), 0, 0), dtype=torch.uint8)
+    size = handle.ssmamba_plan_workspace(ctypes.addressof(run), 0, 0)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     run.workspace = workspace.data_ptr()
     run_tasks(handle, "ssmamba_plan_run", ctypes.addressof(run), run.threads, float("inf"))
     return maps
