@@ -159,6 +159,8 @@ def _has_plain_parameters(block: Any) -> bool:
     dms, mlp = block.dms, block.mlp
     if not (dms.in_proj.bias is None and dms.out_proj.bias is None and mlp.fc1.bias is not None):
         return False
+    if any(linear.bias is not None for scan in dms.scans for linear in (scan.x_proj, scan.dt_proj)):
+        return False
     if mlp.fc2.bias is None or any(t is None for n in (block.norm1, dms.norm, block.norm2) for t in (n.weight, n.bias)):
         return False
     return all(_is_plain_parameter(p) for p in block.parameters())

@@ -48,8 +48,8 @@ def _check_module(name: str, module: Any) -> None:
     what = name or "the model"
     if not (type(module) in _PLAIN | {FusedBlock} or type(module).__module__ == architecture.__name__):
         raise OptimizeError(f"{what} is {type(module).__module__}.{type(module).__name__}: it was replaced; {_CURE}")
-    if "forward" in vars(module):
-        raise OptimizeError(f"{what} has a forward of its own; {_CURE}")
+    if own := [attribute for attribute in vars(module) if attribute.startswith("forward")]:
+        raise OptimizeError(f"{what} has a {own[0]} of its own; {_CURE}")
     if module.training:
         raise OptimizeError(f"{what} is in training mode; call model.eval() first")
     if module._forward_hooks or module._forward_pre_hooks:
@@ -76,10 +76,11 @@ def build_network(model: Any, packer: plan.Packer, linears: plan.Packer) -> plan
         OptimizeError: a layer is not of the kind, or has not the geometry, that the operators compute.
     """
     stem = model.stem
+    _expect("stem", stem, architecture.Stem)
     _check_convolution("stem.conv1", stem.conv1)
     _expect("stem.act", stem.act, nn.GELU)
     _check_gelu("stem.act", stem.act)
-    stages = [_stage(f"stages.{i}", stage, stem, packer, linears) for i, stage in enumerate(model.stages)]
+    stages = [_stage(i, stage, stem, packer, linears) for i, stage in enumerate(model.stages)]
     if len(stages) > plan.MAX_STAGES:
         raise OptimizeError(f"the model has {len(stages)} stages, expected at most {plan.MAX_STAGES}")
     return plan.Network(
@@ -90,8 +91,11 @@ def build_network(model: Any, packer: plan.Packer, linears: plan.Packer) -> plan
     )  # fmt: skip
 
 
-def _stage(name: str, stage: Any, stem: Any, packer: plan.Packer, linears: plan.Packer) -> plan.Stage:
-    if isinstance(stage.downsample, nn.Identity):
+def _stage(index: int, stage: Any, stem: Any, packer: plan.Packer, linears: plan.Packer) -> plan.Stage:
+    name = f"stages.{index}"
+    _expect(name, stage, architecture.Stage)
+    _expect(f"{name}.downsample", stage.downsample, architecture.Downsample if index else nn.Identity)
+    if index == 0:
         conv, norm, where = stem.conv2, stem.norm2, "stem.conv2"
     else:
         conv, norm, where = stage.downsample.conv, stage.downsample.norm, f"{name}.downsample.conv"
@@ -117,6 +121,8 @@ def _block(name: str, block: Any, packer: plan.Packer, linears: plan.Packer) -> 
     for part, linear in (("dms.in_proj", dms.in_proj), ("dms.out_proj", dms.out_proj), ("mlp.fc1", mlp.fc1),
                          ("mlp.fc2", mlp.fc2)):  # fmt: skip
         _expect(f"{name}.{part}", linear, nn.Linear)
+    for part, drop in (("mlp.drop1", mlp.drop1), ("mlp.drop2", mlp.drop2)):
+        _expect(f"{name}.{part}", drop, nn.Dropout)
     for part, norm in (("norm1", block.norm1), ("dms.norm", dms.norm), ("norm2", block.norm2)):
         _expect(f"{name}.{part}", norm, LayerNorm)
     for part, path in (("drop_path1", block.drop_path1), ("drop_path2", block.drop_path2)):
@@ -129,6 +135,10 @@ def _block(name: str, block: Any, packer: plan.Packer, linears: plan.Packer) -> 
     scans, offset = [], 0
     for scan in dms.scans:
         _expect(f"{name}.dms.scans", scan, architecture.DirectionalSSM)
+        for part, linear in (("x_proj", scan.x_proj), ("dt_proj", scan.dt_proj)):
+            _expect(f"{name}.dms.scans.{part}", linear, nn.Linear)
+            if linear.bias is not None:
+                raise OptimizeError(f"{name}.dms.scans.{part} has a bias, expected none; {_CURE}")
         scans.append(packer.scan(scan.scale, offset, dict(scan.named_parameters())))
         offset += scans[-1].width
     return plan.Block(

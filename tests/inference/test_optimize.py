@@ -118,6 +118,18 @@ def changes(model):
     )
     yield "lpr.conv", swap(block.lpr, "conv", nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False))
     yield "dms.conv", swap(block.dms, "conv", nn.Conv2d(24, 24, 3, padding=2, dilation=2, groups=24))
+    yield "downsample", swap(model.stages[1], "downsample", nn.Identity())
+    yield "downsample", swap(model.stages[1], "downsample", nn.Sequential(model.stages[1].downsample))
+    yield "stem", swap(model, "stem", nn.Sequential(model.stem))
+    yield "stages.1", lambda: model.stages.__setitem__(1, nn.Sequential(model.stages[1]).eval())
+    yield "mlp.drop1", swap(block.mlp, "drop1", LayerNorm(96))
+    yield "mlp.drop2", swap(block.mlp, "drop2", nn.GELU())
+    scan = block.dms.scans[0]
+    for part in ("x_proj", "dt_proj"):
+        layer = getattr(scan, part)
+        yield f"{part} has a bias", swap(scan, part, nn.Linear(layer.in_features, layer.out_features))
+        yield part, swap(scan, part, nn.Sequential(layer))
+    yield "forward_head of its own", lambda: setattr(model, "forward_head", lambda x: x)
     yield "hooks", lambda: block.norm1.register_forward_hook(lambda *_: None)
     yield "hooks", lambda: block.mlp.register_forward_pre_hook(lambda *_: None)
     yield "forward of its own", lambda: setattr(block.norm1, "forward", lambda x: x)
