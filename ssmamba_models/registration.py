@@ -24,7 +24,7 @@ def import_after(package: str, module: str) -> None:
     """
     if package in sys.modules:
         _import(module)
-    else:
+    elif not any(isinstance(hook, _Hook) and hook.is_for(package, module) for hook in sys.meta_path):
         sys.meta_path.insert(0, _Hook(package, module))
 
 
@@ -35,27 +35,39 @@ def _import(module: str) -> None:
 
 
 class _Hook(MetaPathFinder):
-    """Finds the package as others do, and has its loader import our module when the package is complete."""
+    """Finds the package as others do, and has its loader import our module when the package is complete.
+
+    It stays until that has happened: others may only ask where the package is, and a failed import may be tried again.
+    """
 
     def __init__(self, package: str, module: str):
         self._package, self._module = package, module
+        self._is_searching = False
+
+    def is_for(self, package: str, module: str) -> bool:
+        """Whether another hook would do the same."""
+        return (package, module) == (self._package, self._module)
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != self._package or self not in sys.meta_path:
+        if name != self._package or self._is_searching or self not in sys.meta_path:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._is_searching = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._is_searching = False
         if spec is None or spec.loader is None:
-            sys.meta_path.insert(0, self)  # it may yet be installed
-            return spec
-        load, loader = spec.loader.exec_module, spec.loader
+            return spec  # it may yet be installed
+        load = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            del loader.exec_module  # ours; the class has its own
             load(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            vars(spec.loader).pop("exec_module", None)  # ours; the class has its own
             _import(self._module)
 
-        loader.exec_module = exec_module  # type: ignore[method-assign]
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -353,7 +353,7 @@ class Head(nn.Module):
         self.in_features = in_features or self.in_features
         self.num_features = self.in_features * (2 if self.pool_type == "catavgmax" else 1)
         if reset_other:
-            self.norm = nn.Identity()  # type: ignore[assignment]
+            self.norm = nn.Identity().train(self.training)  # type: ignore[assignment]
         self.fc = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.fc.train(self.training)
 

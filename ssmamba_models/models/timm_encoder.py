@@ -159,7 +159,9 @@ class TimmEncoder(nn.Module):
         last stage alone). Returns the indices taken."""
         take, last = feature_take_indices(len(self.stages), indices)
         shortened = last < len(self.stages) - 1
+        mode = self.stages.training  # which a slice, a new container, forgets
         self.stages = self.stages[: last + 1]
+        self.stages.training = mode
         if shortened:
             self.num_features = self.feature_info[last]["num_chs"]
         if prune_head or shortened:

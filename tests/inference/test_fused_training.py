@@ -188,6 +188,13 @@ def _set_forward(block):
     block.dms.act.forward = torch.relu
 
 
+def _add_biases(block):
+    for scan in block.dms.scans:
+        for name in ("x_proj", "dt_proj"):
+            layer = getattr(scan, name)
+            setattr(scan, name, nn.Linear(layer.in_features, layer.out_features))
+
+
 def _change_geometry(block):
     block.lpr.conv.padding_mode = "circular"
 
@@ -197,7 +204,7 @@ def _change_gelu(block):
 
 
 @pytest.mark.parametrize(
-    "change", [_replace, _parametrize, _hook, _hook_backward, _set_forward, _change_geometry, _change_gelu]
+    "change", [_replace, _parametrize, _hook, _hook_backward, _set_forward, _change_geometry, _add_biases, _change_gelu]
 )
 def test_what_the_operators_cannot_stand_for_is_computed_by_layers(change, operators):
     """Changed after the blocks were fused, too."""

@@ -189,6 +189,14 @@ def test_a_model_that_is_being_trained_with_fused_operators_is_represented():
         assert torch.equal(optimize(model)(x), wanted)
 
 
+@needs_c
+def test_a_pruned_model_is_represented():
+    model, x = small(), images(1, 3, 40, 40)
+    model.prune_intermediate_layers([1])
+    with torch.inference_mode():
+        torch.testing.assert_close(optimize(model)(x), model(x), atol=1e-5, rtol=1e-5)
+
+
 def test_a_norm_without_weights_is_represented():
     model = small()
     model.stages[0].blocks[0].norm1 = LayerNorm(16, affine=False).eval()
