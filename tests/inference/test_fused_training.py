@@ -192,7 +192,7 @@ def _add_biases(block):
     for scan in block.dms.scans:
         for name in ("x_proj", "dt_proj"):
             layer = getattr(scan, name)
-            setattr(scan, name, nn.Linear(layer.in_features, layer.out_features))
+            layer.bias = nn.Parameter(torch.full((layer.out_features,), 0.5))
 
 
 def _change_geometry(block):
