@@ -28,6 +28,8 @@ def fuse_for_training(module: nn.Module) -> int:
     stand for it: for tensors on other devices, without the C kernels, under torch.compile and torch.func, and where a
     layer inside was replaced (LoRA), or has hooks or a parametrisation. Module hooks that are global see blocks alone.
 
+    Gradients of gradients (`create_graph=True`) and torch.jit.script need the layers: call :func:`unfuse` first.
+
     Args:
         module: a model or whatever contains one, such as MAMIM with its decoder. Changed in place.
 

@@ -29,6 +29,8 @@ def optimize(model: nn.Module, precision: str = "float32", memory: int | None = 
     Except for the model itself, the result returns float32 whatever the precision, and has `precision` and `plan`,
     which name what it computes in and by.
 
+    Hooks that are global to torch see the optimised model and its head alone.
+
     Args:
         model: in eval mode. It stays as it is.
         precision: "float32", or "bfloat16" for products and maps in bfloat16 with sums, norms, scans and the residual
@@ -57,7 +59,11 @@ def optimize(model: nn.Module, precision: str = "float32", memory: int | None = 
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
-    if memory is not None and (not isinstance(memory, int) or memory < 1):
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {type(model).__name__}, expected a built model, such as of timm.create_model")
+    if isinstance(model, (PlannedSSMamba, AutocastModel)):
+        raise OptimizeError(f"the model is optimised already, in {model.precision}; pass the model that it was made of")
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
         raise ValueError(f"memory is {memory!r}, expected a number of bytes of at least 1, or None")
     if model.training:
         raise OptimizeError("the model is in training mode, expected inference; call model.eval() first")

@@ -13,6 +13,7 @@ from ssmamba_models.inference.represent import build_network, check_representabl
 from ssmamba_models.models import SSMamba
 from ssmamba_models.ops import dispatch
 from ssmamba_models.ops.cpu import plan
+from ssmamba_models.ops.cpu.threads import one_thread_after_fork
 from ssmamba_models.ops.derivatives import has_tangents
 
 DEFAULT_MEMORY = 2**30
@@ -48,7 +49,7 @@ class PlannedSSMamba(nn.Module):
 
     Raises:
         OptimizeError: the model cannot be represented.
-        RuntimeError: called with gradients that would be lost, or there is no C library.
+        RuntimeError: called with gradients that would be lost, or while tracing; or there is no C library.
         ValueError: images that are not (B, in_chans, H, W), not on the CPU, or empty; no such instruction set here, or
             none for the precision.
     """
@@ -105,7 +106,8 @@ class PlannedSSMamba(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, h, w, num_features) -> (B, num_classes); with `pre_logits` the pooled features (B, num_features)."""
-        return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
+        with torch.autocast(x.device.type, enabled=False), one_thread_after_fork():
+            return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -145,6 +147,9 @@ class PlannedSSMamba(nn.Module):
             raise RuntimeError(
                 "an optimised model has no gradients; use torch.no_grad() or inference_mode(), or the model itself"
             )
+        if torch.jit.is_tracing() or type(torch.empty(0, device="cpu")) is not Tensor:
+            raise RuntimeError("an optimised model cannot be traced or exported; do so with the model it was made of")
+        x = x.clone() if x._is_zerotensor() else x  # has no memory
         return plan.run_network(
             self._network,
             self.instructions,

@@ -178,6 +178,12 @@ def test_bad_arguments_are_named():
         optimize(small(), "int4")
     with pytest.raises(ValueError, match="memory is 0"):
         optimize(small(), memory=0)
+    with pytest.raises(ValueError, match="memory is True"):
+        optimize(small(), memory=True)
+    with pytest.raises(ValueError, match="model is str, expected a built model"):
+        optimize("ssmamba_tiny")
+    with pytest.raises(OptimizeError, match="optimised already, in float32"):
+        optimize(PlannedSSMamba(small()), "bfloat16")
 
 
 @needs_c

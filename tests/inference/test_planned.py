@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planned_cases import images, small
+from torch._subclasses import FakeTensorMode
 
 from ssmamba_models.inference.planned import PlannedSSMamba
 from ssmamba_models.ops import dispatch
@@ -159,7 +160,7 @@ def test_threads_of_python_may_call_it_at_once(threads):
 
 def _forked(model, x, queue):
     with torch.inference_mode():
-        queue.put(model.forward_features(x).numpy())  # the head's norm is torch's, whose OpenMP must not be forked
+        queue.put(model(x).numpy())
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -167,7 +168,7 @@ def test_a_forked_child_computes_the_same(threads, count):
     threads(count)
     model, x = PlannedSSMamba(small()), images(5, 3, 64, 64)
     with torch.inference_mode():
-        wanted = model.forward_features(x)
+        wanted = model(x)
     context = torch.multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
     child = context.Process(target=_forked, args=(model, x, queue))
@@ -260,6 +261,23 @@ def test_what_it_cannot_do_is_refused():
         PlannedSSMamba(small(), instructions="mmx")
     with pytest.raises(ValueError, match="NCHW"):
         fast.forward_intermediates(images(1, 3, 8, 8), output_fmt="NLC")
+
+
+def test_tracers_are_refused_and_tensors_without_memory_are_computed():
+    fast, x = PlannedSSMamba(small()), images(1, 3, 40, 40)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="cannot be traced"), FakeTensorMode() as mode:
+        fast(mode.from_tensor(x))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be traced"):
+        torch.jit.trace(fast, x)
+    with torch.inference_mode():
+        zeros = torch._efficientzerotensor(1, 3, 40, 40)
+        assert torch.equal(fast(zeros), fast(torch.zeros(1, 3, 40, 40)))
+
+
+def test_results_are_float32_under_autocast_too():
+    fast = PlannedSSMamba(small(num_classes=3))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert fast(images(1, 3, 40, 40)).dtype == torch.float32
 
 
 def test_the_structs_agree_with_those_of_c():
